@@ -1,0 +1,23 @@
+"""Every environment variable this package reads. `docs/environment.md` lists them, and a test compares the two."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable: its name, what it takes, and what it does."""
+
+    name: str
+    takes: str
+    does: str
+
+    def get(self) -> str | None:
+        """Its value now, or None when it is unset or empty."""
+        return os.environ.get(self.name) or None
+
+
+DEVICE = Variable("APT_DEVICE", "cuda, cuda:N or cpu", "the device that 'auto' means, instead of the best one found")
+DEBUG = Variable("APT_DEBUG", "1", "the command line shows the traceback of an error instead of only its explanation")
+
+VARIABLES = (DEVICE, DEBUG)

@@ -1,0 +1,102 @@
+"""Every error this package raises on purpose, in one tree.
+
+    AptError
+    |-- ConfigError (ValueError)         APT-E001  an option has a value that cannot be met
+    |-- InputError (ValueError)          APT-E002  a tensor or an argument is not what the call takes
+    |   `-- SequenceLengthError          APT-E003  more positions than the model was built for
+    |-- DataError (ValueError)           APT-E010  text that cannot be read, or holds nothing
+    |-- CheckpointError (RuntimeError)   APT-E020  files of a model or a run that cannot be trusted
+    |-- DivergenceError (RuntimeError)   APT-E030  training left the finite numbers or went uphill for good
+    |-- DeviceError (RuntimeError)       APT-E040  a device that was asked for is not there
+    |-- MissingExtraError (ImportError)  APT-E050  an optional package is needed and not installed
+    `-- InterruptedRun                   APT-E060  stopped from outside; the work so far is saved
+
+The message says what was expected and what came; `state` says what became of the work; `remedy` is what to do, as a
+command or an edit that works when pasted. Foreign exceptions are mapped where they enter, with `raise ... from`.
+"""
+
+from typing import ClassVar
+
+
+class AptError(Exception):
+    """Base of all. `code` is stable and documented; `exit_code` is what the command line leaves with."""
+
+    code: ClassVar[str] = "APT-E000"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, state: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.state = state
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return "\n".join(part for part in (self.message, self.state, self.remedy) if part)
+
+
+class ConfigError(AptError, ValueError):
+    """An option has an unknown name or a value that cannot be met; the message names the option and what it takes."""
+
+    code = "APT-E001"
+    exit_code = 2
+
+
+class InputError(AptError, ValueError):
+    """A tensor's shape, type or value, or an argument, is not what the call takes."""
+
+    code = "APT-E002"
+    exit_code = 2
+
+
+class SequenceLengthError(InputError):
+    """A sequence is longer than `max_seq_len`, the number of positions that the model was built for."""
+
+    code = "APT-E003"
+
+
+class DataError(AptError, ValueError):
+    """A file of text is missing, unreadable, empty or not in the expected form; the message names the file."""
+
+    code = "APT-E010"
+    exit_code = 2
+
+
+class CheckpointError(AptError, RuntimeError):
+    """A model's or a run's files are truncated, altered, incomplete or belong to something else."""
+
+    code = "APT-E020"
+    exit_code = 3
+
+
+class DivergenceError(AptError, RuntimeError):
+    """Training stopped because the loss or the gradients were not finite, or the loss rose and stayed up."""
+
+    code = "APT-E030"
+    exit_code = 4
+
+
+class DeviceError(AptError, RuntimeError):
+    """The device asked for is not usable; the message names the first check that failed."""
+
+    code = "APT-E040"
+    exit_code = 5
+
+
+class MissingExtraError(AptError, ImportError):
+    """A feature needs a package that is not installed; the remedy is the install command."""
+
+    code = "APT-E050"
+    exit_code = 6
+
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs the package {package!r}, which is not installed",
+            remedy=f"pip install 'apt-transformer[{extra}]'",
+        )
+
+
+class InterruptedRun(AptError):  # noqa: N818 - an interruption is not a fault
+    """The run was told to stop, saved its state and left; the remedy is the command that goes on."""
+
+    code = "APT-E060"
+    exit_code = 130

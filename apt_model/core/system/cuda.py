@@ -1,0 +1,92 @@
+"""NVIDIA GPUs, and AMD GPUs through ROCm, which torch also calls CUDA. No other file says `torch.cuda`."""
+
+import warnings
+from typing import final
+
+import torch
+
+from apt_model.core.system.device import Device, Presence
+
+
+@final
+class CudaDevice(Device):
+    """A GPU behind `torch.cuda`."""
+
+    kind = "cuda"
+
+    @classmethod
+    def presence(cls) -> Presence:
+        """Look for GPUs; counts only in a torch that was built for them, whatever imitates `torch.cuda` in another."""
+        platform = _platform()
+        if platform is None:
+            return Presence(
+                built=False,
+                why=f"{torch.__version__} has neither CUDA nor ROCm",
+                remedy="install a torch built for your GPU (https://pytorch.org/get-started/locally), or take 'cpu'",
+            )
+        # torch says what is wrong with a driver in a warning, and then reports no device.
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            available = torch.cuda.is_available()
+            count = torch.cuda.device_count() if available else 0
+        lister = "rocm-smi" if cls.is_rocm() else "nvidia-smi"
+        hider = "HIP_VISIBLE_DEVICES" if cls.is_rocm() else "CUDA_VISIBLE_DEVICES"
+        return Presence(
+            built=True,
+            available=available,
+            count=count,
+            why="; ".join(str(warning.message) for warning in said)
+            or f"torch is built for {platform} and finds no GPU",
+            remedy=f"see that {lister} lists a GPU and that {hider} does not hide it, or take 'cpu'",
+        )
+
+    @staticmethod
+    def is_rocm() -> bool:
+        """Whether this torch drives AMD GPUs."""
+        return torch.version.hip is not None
+
+    def name(self) -> str:
+        """The GPU's product name."""
+        return torch.cuda.get_device_name(self.index)
+
+    def total_memory(self) -> int:
+        """Bytes of the GPU's own memory."""
+        return int(torch.cuda.get_device_properties(self.index).total_memory)
+
+    def free_memory(self) -> int:
+        """Bytes that the driver has free, and those that torch's allocator keeps unused; starts the device."""
+        free, _ = torch.cuda.mem_get_info(self.index)
+        return int(free + torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index))
+
+    def memory_allocated(self) -> int:
+        """Bytes in live tensors of this process."""
+        return torch.cuda.memory_allocated(self.index)
+
+    def peak_memory(self) -> int:
+        """Most bytes in live tensors of this process at once."""
+        return torch.cuda.max_memory_allocated(self.index)
+
+    def reset_peak_memory(self) -> None:
+        """Let `peak_memory` start again from what is held now."""
+        # Before the device is started there is no peak, and torch refuses an index.
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            torch.cuda.reset_peak_memory_stats(self.index)
+
+    def empty_cache(self) -> None:
+        """Give memory that torch's allocator keeps unused back to the driver."""
+        torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait for all streams of the GPU."""
+        torch.cuda.synchronize(self.index)
+
+    def supports_bf16(self) -> bool:
+        """NVIDIA: compute capability 8.0 (Ampere) or later. AMD: yes, as torch itself answers for ROCm."""
+        return self.is_rocm() or torch.cuda.get_device_capability(self.index) >= (8, 0)
+
+
+def _platform() -> str | None:
+    """What this torch was built for, with its version, or None."""
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    return None if torch.version.cuda is None else f"CUDA {torch.version.cuda}"

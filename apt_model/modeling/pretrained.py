@@ -1,0 +1,71 @@
+"""A model's files: `config.json` and `model.safetensors`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from apt_model.core.errors import CheckpointError
+from apt_model.core.files import atomic_file
+from apt_model.modeling.configuration import APTModelConfiguration
+
+if TYPE_CHECKING:
+    from apt_model.modeling.apt_model import APTModel
+
+WEIGHTS_FILE = "model.safetensors"
+_NAMES_SHOWN = 4
+
+
+def save_model(model: "APTModel", directory: Path) -> None:
+    """Write both files, each whole or not at all, the weights last."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model.config.save(directory)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_file(directory / WEIGHTS_FILE) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+
+
+def load_model(
+    cls: type["APTModel"], directory: Path, *, device: torch.device, dtype: torch.dtype | None
+) -> "APTModel":
+    """Build the model that `directory` describes and give it the weights there."""
+    config = APTModelConfiguration.load(directory)
+    tensors = read_tensors(directory / WEIGHTS_FILE)
+    with torch.device("meta"):
+        model = cls(config)
+    check_tensors(model.state_dict(), tensors, directory / WEIGHTS_FILE)
+    model.load_state_dict(tensors, assign=True)
+    model.rotary.fill(model.embedding.weight.device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model.to(device=device, dtype=dtype)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file; `CheckpointError` when it is missing, truncated or not one."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist: the folder holds no weights") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({error})") from error
+
+
+def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise `CheckpointError` that names what is missing, unexpected or of another shape."""
+    problems = []
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        problems.append(f"{len(missing)} missing ({', '.join(missing[:_NAMES_SHOWN])})")
+    if extra:
+        problems.append(f"{len(extra)} unexpected ({', '.join(extra[:_NAMES_SHOWN])})")
+    for name in sorted(expected.keys() & found.keys()):
+        if expected[name].shape != found[name].shape:
+            problems.append(f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}")
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit its config.json: {'; '.join(problems[:_NAMES_SHOWN])}",
+            remedy="the two files come from different models, or one was altered: save the model again",
+        )

@@ -1,0 +1,86 @@
+"""The banner of `vb.enable()`: eight rows, each a fact of this machine or the words that there is none."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from apt_model import __version__
+
+ABSENT = "not in this version"
+
+
+def gibibytes(size: int) -> str:
+    """A size in bytes, for people."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def title(facts: Mapping[str, Any]) -> str:
+    """The line above the rows: the mode, and the precision with its reason."""
+    native = "natively" if facts["native_bf16"] else "only by way of fp32"
+    precision = "bf16 autocast" if facts["precision"] == "bf16" else "fp32, no autocast"
+    mode = f"{facts['mode']} mode" if facts["enabled"] else "not enabled; balanced mode would be"
+    return f"apt-transformer {__version__}: {mode}, {precision} (this {_noun(facts)} multiplies bf16 {native})"
+
+
+def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and text of each row, from what `facts.gather` found."""
+    flash, vendors = facts["gpu_flash"], facts["multi_vendor_backend"]
+    limit = gibibytes(facts["accelerator"]["total_memory"])
+    kernels = ", ".join(flash["kernels"]) or "none"
+    return [
+        ("accelerator", _accelerator(facts["accelerator"])),
+        (
+            "GPU Flash",
+            f"attention: torch's {flash['attention']}, kernels switched on: {kernels}; FP4 weights: "
+            + _present(flash["fp4_weights"]),
+        ),
+        ("VGPU stack", _present(facts["vgpu_stack"])),
+        ("multi-vendor backend", f"{' and '.join(vendors['supported'])}; {', '.join(vendors['planned'])}: {ABSENT}"),
+        ("cloud NPU", _present(facts["cloud_npu"])),
+        ("left spin", "on in a model whose configuration has use_left_spin (its default); not a matter of the mode"),
+        ("expected speed-up", "not measured"),
+        (
+            "virtual memory",
+            f"{_present(facts['virtual_memory'])}; what fits is bounded by the {_noun(facts)}'s {limit}",
+        ),
+    ]
+
+
+def show(facts: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Write the banner to `stream` (None: stderr): a table on a terminal, plain ASCII elsewhere."""
+    stream = stream or sys.stderr
+    if stream.isatty():
+        _show_table(title(facts), rows(facts), stream)
+        return
+    found = rows(facts)
+    width = max(len(name) for name, _ in found)
+    lines = [title(facts), *(f"  {name:<{width}}  {text}" for name, text in found)]
+    stream.write("".join(f"{line.encode('ascii', 'replace').decode('ascii')}\n" for line in lines))
+    stream.flush()
+
+
+def _show_table(heading: str, lines: list[tuple[str, str]], stream: TextIO) -> None:
+    # rich takes a tenth of a second to load, which only a terminal has a use for.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(title=Text(heading), title_justify="left", show_header=False)
+    for name, text in lines:
+        table.add_row(Text(name, style="bold"), Text(text))
+    Console(file=stream).print(table)
+
+
+def _noun(facts: Mapping[str, Any]) -> str:
+    return "CPU" if facts["accelerator"]["type"] == "cpu" else "GPU"
+
+
+def _present(there: bool) -> str:
+    return "available" if there else ABSENT
+
+
+def _accelerator(found: Mapping[str, Any]) -> str:
+    free = "unknown" if found["free_memory"] is None else gibibytes(found["free_memory"])
+    text = f"{found['device']}: {found['name']}, {gibibytes(found['total_memory'])} memory, {free} free"
+    reason = f"; no accelerator in use: {found['without_accelerator']}" if found["type"] == "cpu" else ""
+    return f"{text}, torch {found['torch']}{reason}"

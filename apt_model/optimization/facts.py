@@ -1,0 +1,88 @@
+"""What is true of this machine and this version, as plain data: the banner words it, `vb.status()` returns it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from apt_model.core.errors import DeviceError
+from apt_model.core.policy import Policy, current_policy
+from apt_model.core.system.device import Device
+from apt_model.core.system.manager import PLANNED, VENDORS, get_device, get_device_manager
+
+
+def gather(device: Device | None = None) -> dict[str, Any]:
+    """The facts, one entry a row of the banner, and those of the policy; every value can be written as JSON.
+
+    Args:
+        device: the device to speak of; None is the one that "auto" chooses. On a GPU this starts the device.
+    """
+    device = device or get_device_manager()
+    return {
+        **_policy(device),
+        "accelerator": _accelerator(device),
+        "gpu_flash": {
+            "attention": "scaled_dot_product_attention",
+            "kernels": _attention_kernels(device.kind),
+            "fp4_weights": False,
+        },
+        "vgpu_stack": False,
+        "multi_vendor_backend": {"supported": [vendor.kind for vendor in VENDORS], "planned": sorted(PLANNED)},
+        "cloud_npu": False,
+        "left_spin": "by model configuration",
+        "expected_speed_up": None,
+        "virtual_memory": False,
+    }
+
+
+def _policy(device: Device) -> dict[str, Any]:
+    policy = current_policy()
+    native_bf16 = device.supports_bf16()
+    chosen = policy or Policy(mode="balanced")
+    return {
+        "enabled": policy is not None,
+        "mode": policy.mode if policy else None,
+        "precision": chosen.resolve_precision(native_bf16=native_bf16),
+        "native_bf16": native_bf16,
+        "activation_checkpointing": chosen.activation_checkpointing,
+    }
+
+
+def _accelerator(device: Device) -> dict[str, Any]:
+    return {
+        "type": device.get_accelerator_type(),
+        "device": str(device.device),
+        "name": device.name(),
+        "total_memory": device.total_memory(),
+        "free_memory": device.free_memory() if device.supports("free_memory") else None,
+        "torch": str(torch.__version__),
+        "without_accelerator": _why_none() if device.kind == "cpu" else None,
+    }
+
+
+def _why_none() -> str:
+    """Why the CPU: each accelerator's first failed check, or that there is one and the CPU was asked for."""
+    reasons = []
+    for vendor in VENDORS:
+        if vendor.kind != "cpu":
+            try:
+                get_device(vendor.kind)
+            except DeviceError as error:
+                reasons.append(error.message)
+            else:
+                reasons.append(f"{vendor.kind} is there and not asked for")
+    return "; ".join(reasons)
+
+
+def _attention_kernels(kind: str) -> list[str]:
+    """The kernels of torch's attention that exist for a device type and are switched on; torch picks one a call."""
+    # torch keeps the switches under torch.backends.cuda also for the CPU's two kernels.
+    switches = torch.backends.cuda
+    kernels: dict[str, list[Callable[[], bool]]] = {"math": [switches.math_sdp_enabled]}
+    if kind == "cpu":
+        kernels["flash"] = [switches.flash_sdp_enabled]
+    elif kind == "cuda":
+        kernels["flash"] = [switches.flash_sdp_enabled, switches.is_flash_attention_available]
+        kernels["memory-efficient"] = [switches.mem_efficient_sdp_enabled]
+        kernels["cudnn"] = [switches.cudnn_sdp_enabled, torch.backends.cudnn.is_available]
+    return sorted(name for name, conditions in kernels.items() if all(holds() for holds in conditions))

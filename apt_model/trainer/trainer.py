@@ -1,0 +1,353 @@
+"""The training loop.
+
+Step n is a function of the weights, the optimizer's state, the seed and n: the batch and every dropout mask follow
+from (seed, n). So a checkpoint holds no random state, and a resumed run repeats the uninterrupted one.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt_model.core.errors import CheckpointError, ConfigError, InterruptedRun
+from apt_model.core.files import write_text
+from apt_model.core.options import from_dict
+from apt_model.core.system import get_device, get_device_manager
+from apt_model.modeling.apt_model import APTModel
+from apt_model.modeling.tokenizer import Tokenizer
+from apt_model.trainer.checkpoint import load_checkpoint, save_checkpoint, step_folder, steps_saved
+from apt_model.trainer.config import TrainConfig
+from apt_model.trainer.corpus import read_corpus
+from apt_model.trainer.data import TokenData, load_or_train_tokenizer, make_data
+from apt_model.trainer.evaluation import Evaluation, count_targets, evaluate, to_device, token_nats
+from apt_model.trainer.gradients import GradientReport, GradientTreatment, untreated
+from apt_model.trainer.metrics import open_sinks
+from apt_model.trainer.optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from apt_model.trainer.plot import can_plot, draw_curve
+from apt_model.trainer.progress import Progress, Silent
+from apt_model.trainer.watch import Watch
+
+CONFIG_FILE, TOKENIZER_FILE = "train.json", "tokenizer.json"
+# What may differ between a run and its resumption: none of it enters the arithmetic.
+_FREE_TO_CHANGE = frozenset(
+    "out resume device log_every eval_every eval_tokens checkpoint_every keep_checkpoints tensorboard plot".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What a finished run came to."""
+
+    out: str
+    steps: int
+    parameters: int
+    loss: float
+    bits_per_byte: float
+    tokens_per_s: float
+    peak_memory_bytes: int
+    seconds: float
+    skipped_steps: int
+    checkpoint: str
+    curve: str | None
+
+
+def saved_config(root: Path) -> TrainConfig:
+    """The configuration of the run in `root`; `CheckpointError` when there is none."""
+    try:
+        return from_dict(TrainConfig, json.loads((root / CONFIG_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{root} holds no run: there is no {CONFIG_FILE} in it") from error
+    except ValueError as error:
+        raise CheckpointError(f"{root / CONFIG_FILE} cannot be used: {error}") from error
+
+
+class Trainer:
+    """One run: `Trainer(config).run()`. Writes only below `config.out`.
+
+    Raises:
+        ConfigError: `out` holds a run and `resume` is off, or `resume` is on with options that change the arithmetic.
+        DataError, DeviceError, CheckpointError: the text, the device or the checkpoint to go on from is unusable.
+    """
+
+    def __init__(self, config: TrainConfig, *, progress: Progress | None = None) -> None:
+        self.config, self.root = config, Path(config.out)
+        self.progress = progress or Silent()
+        self._check_folder()
+        self.manager = get_device_manager(get_device(config.device))
+        self.device = self.manager.device
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.manager.supports_bf16())
+        self.data = self._load_data()
+        self.model = self._build_model()
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.treatment = (
+            GradientTreatment(self.model, config.gradient, seed=config.seed, hidden=self.model.hidden_matrices())
+            if config.model.use_dbc_dac
+            else None
+        )
+        self.done = 0
+        self.watch = Watch(config)
+        if config.resume:
+            self._restore()
+        self._stop_signal: int | None = None
+
+    def _check_folder(self) -> None:
+        holds_run = (self.root / CONFIG_FILE).exists()
+        if self.config.resume:
+            before, now = dataclasses.asdict(saved_config(self.root)), dataclasses.asdict(self.config)
+            changed = _differences({**before, "model": None}, {**now, "model": None})
+            changed += [f"model.{name}" for name in _differences(_model_options(before), _model_options(now))]
+            if changed := [name for name in changed if name not in _FREE_TO_CHANGE]:
+                raise ConfigError(
+                    f"resume: these options differ from the run in {self.root}: {', '.join(changed)}",
+                    remedy=f"resume with the run's own options (they are in {self.root / CONFIG_FILE}), "
+                    "or start a new run in another folder",
+                )
+        elif holds_run:
+            raise ConfigError(
+                f"{self.root} already holds a run",
+                remedy=f"go on with it: --out {self.root} --resume; or give another --out",
+            )
+
+    def _load_data(self) -> TokenData:
+        self.progress.phase("reading text")
+        corpus = read_corpus(self.config.data)
+        kept = self.root / TOKENIZER_FILE
+        if self.config.resume and kept.exists():
+            tokenizer = Tokenizer.load(kept)
+        else:
+            self.progress.phase("training the tokenizer")
+            tokenizer = load_or_train_tokenizer(self.config.data, self.config.model.vocab_size, corpus)
+        self.progress.phase("encoding")
+        return make_data(self.config.data, tokenizer, corpus, self.config.seed)
+
+    def _build_model(self) -> APTModel:
+        tokenizer = self.data.tokenizer
+        ids = {
+            "pad_token_id": tokenizer.pad_id,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+        }
+        self.config = dataclasses.replace(self.config, model=self.config.model.replace(**ids))
+        torch.manual_seed(self.config.seed)
+        model = APTModel(self.config.model)
+        model.apply_policy(None)  # this configuration, not the process's policy, decides
+        model.activation_checkpointing = self.config.activation_checkpointing
+        model.to(self.device)
+        if self.config.compile:
+            model.compile()
+        return model
+
+    def run(self) -> RunResult:
+        """Train to the last step, evaluate, save, draw.
+
+        Raises:
+            DivergenceError: the loss left the finite numbers or stayed up; the newest checkpoint is from before.
+            InterruptedRun: SIGINT or SIGTERM came; the step in hand was finished and saved.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not self.config.resume:
+            self.data.tokenizer.save(self.root / TOKENIZER_FILE)
+        effective = dataclasses.asdict(dataclasses.replace(self.config, resume=False))
+        write_text(self.root / CONFIG_FILE, json.dumps(effective, indent=2) + "\n")
+        sinks = open_sinks(self.root, self.config.tensorboard, from_step=self.done)
+        self.progress.start(self.config.steps, self.done)
+        try:
+            with self._signals():
+                return self._train(sinks)
+        finally:
+            for sink in sinks:
+                sink.close()
+
+    def _train(self, sinks: list[Any]) -> RunResult:
+        config, begin = self.config, time.monotonic()
+        self.manager.reset_peak_memory()
+        first, row, last = self.done, None, None
+        for step in range(self.done, config.steps):
+            self.watch.add(self.train_step(step))
+            self.done = step + 1
+            ends = self.done == config.steps
+            row = None
+            if self.done % config.log_every == 0 or ends or self._stop_signal:
+                row = last = self._log_row(step, sinks)
+            self.progress.step(self.done, row)
+            if ends or (config.eval_every and self.done % config.eval_every == 0):
+                heldout = self._evaluate(sinks)
+            if ends or self._stop_signal or self.done % config.checkpoint_every == 0:
+                self.save()
+            if self._stop_signal and not ends:
+                raise InterruptedRun(
+                    f"stopped by {signal.Signals(self._stop_signal).name} after step {self.done} of {config.steps}",
+                    state=f"saved: {step_folder(self.root, self.done)}",
+                    remedy=f"to go on: apt-model train --out {self.root} --resume",
+                )
+        if first == config.steps:
+            heldout = self._evaluate([])
+        seconds = time.monotonic() - begin
+        return self._result(first, last, heldout, seconds)
+
+    def train_step(self, step: int) -> tuple[Tensor, GradientReport]:
+        """One optimizer step; returns its loss (nats a token) and gradient report, still on the device."""
+        config = self.config
+        self.manager.manual_seed(_mix(config.seed, step))
+        batch = self.data.batch(step, config.batch_size * config.grad_accumulation)
+        targets = count_targets(batch)
+        total = torch.zeros((), device=self.device)
+        self.model.train()
+        for first in range(0, len(batch.labels), config.batch_size):
+            rows = slice(first, first + config.batch_size)
+            part = to_device(type(batch)(tuple(ids[rows] for ids in batch.inputs), batch.labels[rows]), self.device)
+            with self.autocast():
+                loss = token_nats(self.model(*part.inputs), part.labels) / targets
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        report = untreated(self.model) if self.treatment is None else self.treatment(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step, config.steps)
+        self.optimizer.found_inf = report.found_inf  # type: ignore[attr-defined] # fused AdamW skips such a step itself
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, report
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of the run: bf16 autocast, or nothing."""
+        if not self.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the steps done so far."""
+        self.watch.check()
+        tensors = optimizer_tensors(self.model, self.optimizer)
+        if self.treatment is not None:
+            tensors |= {f"treatment.{name}": tensor for name, tensor in self.treatment.state_dict().items()}
+        state = {"data": self._fingerprint(), "watch": self.watch.state()}
+        return save_checkpoint(self.root, self.done, self.model, tensors, state, keep=self.config.keep_checkpoints)
+
+    def _restore(self) -> None:
+        saved = steps_saved(self.root)
+        if not saved:
+            return  # killed before its first checkpoint: step 0 follows from the seed
+        found = load_checkpoint(self.root, saved[-1])
+        if found.state["data"] != self._fingerprint():
+            raise CheckpointError(
+                f"the text under {self.config.data.source!r} is not what the run in {self.root} was trained on",
+                remedy="restore the text, or start a new run in another folder",
+            )
+        model = APTModel.from_pretrained(step_folder(self.root, found.step))
+        self.model.load_state_dict(model.state_dict())
+        load_optimizer_tensors(self.model, self.optimizer, found.tensors)
+        if self.treatment is not None:
+            prefix = "treatment."
+            self.treatment.load_state_dict(
+                {name[len(prefix) :]: value for name, value in found.tensors.items() if name.startswith(prefix)}
+            )
+        self.watch.restore(found.state["watch"])
+        self.done = found.step
+
+    def _fingerprint(self) -> str:
+        """Of the training batches: the first one's ids say whether this is the same text."""
+        return hashlib.sha256(self.data.batch(0, 64).labels.numpy().tobytes()).hexdigest()
+
+    def _log_row(self, step: int, sinks: list[Any]) -> dict[str, Any]:
+        row = {
+            "step": self.done,
+            **self.watch.row(),
+            "lr": learning_rate(self.config.optimizer, step, self.config.steps),
+        }
+        row["tokens_per_s"] = self.watch.pace(self._tokens_per_step())
+        row["memory_bytes"] = self.manager.memory_allocated()
+        for sink in sinks:
+            sink.write(row)
+        self.watch.check()
+        return row
+
+    def _tokens_per_step(self) -> int:
+        """Positions that the model reads in a step, padding included."""
+        config = self.config
+        length = config.data.seq_len + (config.data.target_len if config.data.task == "seq2seq" else 0)
+        return config.batch_size * config.grad_accumulation * length
+
+    def _evaluate(self, sinks: list[Any]) -> Evaluation:
+        self.progress.phase("evaluating on held-out text")
+        heldout = evaluate(
+            self.model,
+            self.data,
+            batch_size=self.config.batch_size,
+            max_tokens=self.config.eval_tokens,
+            autocast=self.autocast,
+        )
+        for sink in sinks:
+            sink.write({"step": self.done, "bits_per_byte": heldout.bits_per_byte})
+        self.progress.note(f"step {self.done}  held-out {heldout.bits_per_byte:.4f} bits/byte")
+        self.watch.restart_clock()
+        return heldout
+
+    def _result(self, first: int, last: dict[str, Any] | None, heldout: Evaluation, seconds: float) -> RunResult:
+        steps = self.config.steps - first
+        if self.config.plot == "on" or (self.config.plot == "auto" and can_plot()):
+            curve: str | None = str(draw_curve(self.root))
+        else:
+            curve = None
+        return RunResult(
+            out=str(self.root),
+            steps=self.config.steps,
+            parameters=self.model.num_parameters(),
+            loss=float("nan") if last is None else last["loss"],
+            bits_per_byte=heldout.bits_per_byte,
+            tokens_per_s=steps * self._tokens_per_step() / seconds,
+            peak_memory_bytes=self.manager.peak_memory(),
+            seconds=seconds,
+            skipped_steps=self.watch.skipped,
+            checkpoint=str(step_folder(self.root, self.config.steps)),
+            curve=curve,
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """While training, SIGINT and SIGTERM ask for a stop at the next step's end; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, _frame: object) -> None:
+            if self._stop_signal:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+            self.progress.note("stopping after this step; once more to stop at once")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changed = []
+    for name, value in now.items():
+        if isinstance(value, dict) and isinstance(before[name], dict):
+            changed += [f"{name}.{inner}" for inner in value if value[inner] != before[name][inner]]
+        elif value != before[name]:
+            changed.append(name)
+    return changed
+
+
+def _model_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The model's options but the special ids, which come from the tokenizer."""
+    return {name: value for name, value in config["model"].items() if not name.endswith("_token_id")}
+
+
+def _mix(seed: int, step: int) -> int:
+    """A seed of its own for every step."""
+    digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,74 @@
+"""What every benchmark writes beside its figures: the machine, the versions, the commit, the measured ceilings."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """Device, driver, versions and commit of this run."""
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": os.environ.get("BENCH_COMMIT") or _output("git", "rev-parse", "HEAD"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+    }
+    if torch.cuda.is_available():
+        import triton
+
+        found["device"] = torch.cuda.get_device_name()
+        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["triton"] = triton.__version__
+    else:
+        found["device"] = "cpu"
+    return found
+
+
+def ceilings() -> dict[str, float]:
+    """Measured limits of the device: bf16 matrix product in TFLOP/s and copy (read plus write) in TB/s."""
+    if not torch.cuda.is_available():
+        return {}
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = gpu_seconds(lambda: a @ b, repeat=10)
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    copy = gpu_seconds(lambda: target.copy_(source), repeat=10)
+    return {"bf16_tflops": 2 * 8192**3 / product / 1e12, "copy_tb_s": 2 * source.nbytes / copy / 1e12}
+
+
+def gpu_seconds(call: Any, *, repeat: int, warm_up: int = 3) -> float:
+    """Mean GPU time of `call` by events around `repeat` calls."""
+    for _ in range(warm_up):
+        call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeat):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeat
+
+
+def write(name: str, rows: list[dict[str, Any]], *, folder: Path | None = None) -> Path:
+    """Write the rows with the machine and its ceilings to benchmarks/results/<device>/<name>.json."""
+    found = machine()
+    device = found["device"].lower().replace(" ", "-")
+    path = (folder or Path(__file__).parent / "results" / device) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": found, "ceilings": ceilings(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
