@@ -3,11 +3,12 @@
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 
 def lazy_names(
     package: str, homes: Mapping[str, str]
-) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return `__getattr__`, `__dir__` and `__all__` for `package`.
 
     Args:
@@ -15,7 +16,7 @@ def lazy_names(
         homes: public name -> module that defines it; a name equal to the module's last part is the module itself.
     """
 
-    def __getattr__(name: str) -> object:  # noqa: N807 - PEP 562 names it
+    def __getattr__(name: str) -> Any:  # noqa: N807 - PEP 562 names it
         home = homes.get(name)
         if home is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join(sorted(homes))}")

@@ -67,5 +67,5 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         if name not in names:
             raise unknown_name(name, names, cls.__name__)
         hint = hints[name]
-        made[name] = from_dict(hint, value) if dataclasses.is_dataclass(hint) else value
+        made[name] = from_dict(hint, value) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else value
     return cls(**made)

@@ -39,7 +39,7 @@ class LeftSpinResidual(nn.Module):
         dim: width D of the stream.
         mode: "design" (stateful along depth), "trust" (learned per-channel branch scale, no state) or "guard" (plain
             residual up to `tau`, no parameters, no state).
-        alpha: strength of the gate; in trust and guard a step is shorter than |u| / alpha beyond the threshold.
+        alpha: strength of the gate; in trust and guard a step is shorter than |u| / alpha (guard: alpha <= 1 / tau).
         tau: threshold on |delta| / |u| (design, guard).
         beta, w1, w2: inertia and score weights (design).
         detach: stop the gradient at the gate.
@@ -63,6 +63,9 @@ class LeftSpinResidual(nn.Module):
         require(mode in ("design", "trust", "guard"), "LeftSpinResidual.mode", "design, trust or guard", mode)
         require(alpha > 0, "LeftSpinResidual.alpha", "above 0", alpha)
         require(0 < beta <= 1, "LeftSpinResidual.beta", "0 < beta <= 1", beta)
+        if mode == "guard":
+            require(tau > 0, "LeftSpinResidual.tau", "a threshold above 0 in guard mode", tau)
+            require(alpha <= 1 / tau, "LeftSpinResidual.alpha", f"at most 1 / tau = {1 / tau:g} in guard mode", alpha)
         self.dim, self.mode, self.detach = dim, mode, detach
         self.alpha, self.tau, self.beta, self.w1, self.w2 = alpha, tau, beta, w1, w2
         self.num_sublayers = num_sublayers

@@ -54,7 +54,7 @@ class RotaryTable(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "RotaryTable":
         """Move with the model, but keep fp32: a cast would round the angles."""
-        super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         if self.cos.dtype != torch.float32:
             self.fill(self.cos.device)
         return self
@@ -66,5 +66,5 @@ class RotaryTable(nn.Module):
 
 def rotate(x_BTHd: Tensor, turn: Rotation) -> Tensor:
     """Turn the pairs (channel i, channel i + d/2) of every head; [B, T, H, d] -> the same shape and type."""
-    pair = x_BTHd.unflatten(-1, (2, -1)).float()
+    pair = x_BTHd.unflatten(-1, (2, -1)).to(torch.promote_types(x_BTHd.dtype, torch.float32))
     return (pair * turn.cos + pair.flip(-2) * turn.sin).to(x_BTHd.dtype).flatten(-2)

@@ -49,17 +49,19 @@ class APTModel(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.apply_policy(current_policy())
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.rotary = RotaryTable(config.max_seq_len, config.head_dim, config.rope_theta)
-        self.dropout = nn.Dropout(config.dropout)
-        final = RMSNorm if config.norm_position == "pre" else nn.Identity
-        if config.is_encoder_decoder:
-            self.encoder_layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
-            self.encoder_norm = final(config.d_model, eps=config.norm_eps)
-        self.decoder_layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
-        self.decoder_norm = final(config.d_model, eps=config.norm_eps)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        # The modules' own draws are replaced below, and must not move the generator that those start from.
+        with torch.random.fork_rng(devices=[]):
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.rotary = RotaryTable(config.max_seq_len, config.head_dim, config.rope_theta)
+            self.dropout = nn.Dropout(config.dropout)
+            final = RMSNorm if config.norm_position == "pre" else nn.Identity
+            if config.is_encoder_decoder:
+                self.encoder_layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
+                self.encoder_norm = final(config.d_model, eps=config.norm_eps)
+            self.decoder_layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
+            self.decoder_norm = final(config.d_model, eps=config.norm_eps)
+            if not config.tie_word_embeddings:
+                self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -177,8 +179,12 @@ class APTModel(nn.Module):
         With `cache` the tokens continue what it holds, and `tgt_mask` covers cached positions too.
         """
         past = 0 if cache is None else cache.length
-        self._check_tokens("tgt_tokens", tgt_tokens, past)
-        self._check_mask("tgt_mask", tgt_mask, tgt_tokens.shape[0], past + tgt_tokens.shape[1])
+        # As the caller of a causal language model knows them, or of an encoder-decoder.
+        tokens_name, mask_name = ("input_ids", "src_mask") if memory is None else ("tgt_tokens", "tgt_mask")
+        self._check_tokens(tokens_name, tgt_tokens, past)
+        self._check_mask(mask_name, tgt_mask, tgt_tokens.shape[0], past + tgt_tokens.shape[1])
+        if memory is not None and memory.shape[0] != tgt_tokens.shape[0]:
+            raise InputError(f"tgt_tokens: {tgt_tokens.shape[0]} rows, but the source has {memory.shape[0]}")
         u, state = self._embed(tgt_tokens), None
         turn = self.rotary(past, tgt_tokens.shape[1])
         layers = self.config.num_decoder_layers
@@ -215,10 +221,11 @@ class APTModel(nn.Module):
 
         Args:
             input_ids: prompt or source ids [B, T].
-            config: how; `options` are its fields by name (`max_new_tokens=32, do_sample=True, ...`).
+            config: how.
             attention_mask: bool [B, T], True = attend; prompts are padded on the left, sources on either side. Without
                 it, positions that hold `pad_token_id` are masked when the configuration names one.
             causal: continue the prompt instead of translating a source. Default: only a decoder_only model.
+            **options: instead of `config`, its fields by name (`max_new_tokens=32, do_sample=True, ...`).
 
         Returns:
             ids: [B, T + new] the prompt and its continuation, or [B, 1 + new] the target from `bos_token_id` on; rows

@@ -140,10 +140,30 @@ def activation_bytes(config: APTModelConfiguration, *, tokens: int, num_layers: 
     """Bytes that `num_layers` layers keep for backward over `tokens` positions, counted from what each operation saves.
 
     `cross` counts cross-attention with a memory of as many positions; `itemsize` is the bytes of an activation's type.
+    Fused norms, as accelerators have them, keep their input and output; a CPU's keep a normalised copy as well.
     """
     width, hidden = config.d_model, config.d_ff
-    # The norm's input and output, query, key, value, what attention returns, and the output projection's input.
-    attention = 7 * width + (width + config.autopoietic_rank if config.use_autopoietic else 0)
+    term = config.autopoietic_rank + config.num_heads if config.use_autopoietic else 0
+    # What attention returns; with the term, its value and the sum of both too.
+    returned = width * (3 if config.use_autopoietic else 1)
+    # The norm's input and output, then query and key after their turn, and the projection, which the value is a view of.
+    attention = 2 * width + 2 * width + (3 * width + term) + returned
+    # Here the query is a view of its projection, and key and value one of the memory's.
+    cross_attention = 2 * width + (width + term) + 2 * width + returned
     feed_forward = 2 * width + (4 if config.activation == "swiglu" else 2) * hidden
-    per_token = attention * (2 if cross else 1) + feed_forward
-    return per_token * tokens * num_layers * itemsize
+    residuals = (3 if cross else 2) * _residual_bytes(config, itemsize)
+    per_token = itemsize * (attention + (cross_attention if cross else 0) + feed_forward) + residuals
+    return per_token * tokens * num_layers
+
+
+def _residual_bytes(config: APTModelConfiguration, itemsize: int) -> int:
+    """Bytes that one residual keeps for a token: its dropout's choice, and what the gate's gradient needs."""
+    elements = 1 if config.dropout else 0
+    if config.use_left_spin and (config.left_spin_mode == "trust" or not config.left_spin_detach):
+        elements += itemsize  # the step
+    if config.use_left_spin and not config.left_spin_detach:
+        if config.left_spin_mode == "trust" or itemsize < 4:
+            elements += 4  # the step in fp32
+        if config.left_spin_mode == "design":
+            elements += 4  # its difference from the one before
+    return elements * config.d_model

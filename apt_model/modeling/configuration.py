@@ -71,7 +71,7 @@ class APTModelConfiguration:
     left_spin_mode: Literal["design", "trust", "guard"] = "design"
     """design: the mission's formula; trust: smooth trust region with a learned branch scale; guard: plain below tau."""
     left_spin_alpha: float | None = None
-    """Strength. None: 0.5 in design and guard, sqrt(sublayers)/2 in trust."""
+    """Strength. None: 0.5 in design, sqrt(sublayers)/2 in trust, min(0.5, 1/tau) in guard (the most it takes)."""
     left_spin_tau: float | None = None
     """Threshold on the relative step, in design (None: 0.3) and in guard (required there)."""
     left_spin_beta: float = 0.7
@@ -89,6 +89,8 @@ class APTModelConfiguration:
         """Raise `ConfigError` for the first value that cannot be met."""
         check_types(self)
         name = type(self).__name__
+        for field, value in self.to_dict().items():
+            require(not isinstance(value, float) or math.isfinite(value), f"{name}.{field}", "a finite number", value)
         for field in ("vocab_size", "d_model", "num_heads", "d_ff", "max_seq_len", "num_decoder_layers"):
             require(getattr(self, field) >= 1, f"{name}.{field}", "at least 1", getattr(self, field))
         require(
@@ -133,6 +135,14 @@ class APTModelConfiguration:
                 self.left_spin_tau,
                 "take 1.25 times the 99.9th percentile of |delta|/|u| over a batch of your data",
             )
+            alpha, tau = self.resolve_left_spin(1)
+            require(
+                alpha <= 1 / tau,
+                f"{name}.left_spin_alpha",
+                f"at most 1 / left_spin_tau = {1 / tau:g} in guard mode (above it a longer step comes out shorter)",
+                alpha,
+                "leave it out",
+            )
         if self.left_spin_mode == "trust" and self.use_left_spin:
             require(self.left_spin_tau is None, f"{name}.left_spin_tau", "None in trust mode", self.left_spin_tau)
         for field, neutral in (("left_spin_beta", 0.7), ("left_spin_w1", 1.0), ("left_spin_w2", 0.5)):
@@ -172,10 +182,12 @@ class APTModelConfiguration:
     def resolve_left_spin(self, num_sublayers: int) -> tuple[float, float]:
         """The strength and the threshold in force in a stack of `num_sublayers` residuals."""
         alpha, tau = self.left_spin_alpha, self.left_spin_tau
-        if alpha is None:
-            alpha = math.sqrt(num_sublayers) / 2 if self.left_spin_mode == "trust" else 0.5
         if tau is None:
             tau = 0.3 if self.left_spin_mode == "design" else 0.0
+        if alpha is None and self.left_spin_mode == "trust":
+            alpha = math.sqrt(num_sublayers) / 2
+        elif alpha is None:
+            alpha = 1 / tau if self.left_spin_mode == "guard" and tau > 2 else 0.5
         return alpha, tau
 
     def replace(self, **changes: Any) -> "APTModelConfiguration":

@@ -24,10 +24,12 @@ class _Decoder:
     def __init__(
         self, model: "APTModel", prompt: Tensor, mask: Tensor | None, source: Tensor | None, use_cache: bool, room: int
     ) -> None:
-        self.model, self.mask = model, mask
-        self.memory, self.memory_mask = model.encode(source, mask) if source is not None else (None, None)
+        self.model = model
+        self.mask = mask if source is None else None
+        self.memory: Tensor | None = None
+        self.memory_mask: Tensor | None = None
         if source is not None:
-            self.mask = None
+            self.memory, self.memory_mask = model.encode(source, mask)
         rows = prompt.shape[0]
         self.cache = model.new_cache(rows, prompt.shape[1] + room, cross=source is not None) if use_cache else None
 
@@ -119,7 +121,9 @@ def _check_room(model: "APTModel", prompt: Tensor, config: GenerationConfig) -> 
         raise SequenceLengthError(
             f"generate: {prompt.shape[1]} prompt tokens and max_new_tokens = {config.max_new_tokens} need {need} "
             f"positions, but the model was built for max_seq_len = {room}",
-            remedy=f"max_new_tokens={max(room - prompt.shape[1], 1)} or a shorter prompt",
+            remedy=f"max_new_tokens={room - prompt.shape[1]} or a shorter prompt"
+            if prompt.shape[1] < room
+            else f"a prompt of at most {room - 1} tokens",
         )
 
 

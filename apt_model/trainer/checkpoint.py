@@ -11,23 +11,25 @@ There is no random state to keep: everything random in step n follows from the s
 """
 
 import json
-import re
-import shutil
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from apt_model.core.errors import CheckpointError
-from apt_model.core.files import PARTIAL_PREFIX, atomic_directory, sha256
+from apt_model.core.files import PARTIAL_PREFIX, atomic_directory, clear_partials, sha256
 from apt_model.modeling.apt_model import APTModel
-from apt_model.modeling.pretrained import read_tensors
+from apt_model.modeling.configuration import CONFIG_FILE
+from apt_model.modeling.pretrained import WEIGHTS_FILE, read_tensors
+from apt_model.trainer.runs import resume_command, step_folder, step_of, steps_saved
 
 FORMAT = 1
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
-_STEP_FOLDER = re.compile(r"step-(\d{8})")
+FILES = (CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER, STATE)
 
 
 class Checkpoint(NamedTuple):
@@ -38,24 +40,35 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def step_folder(root: Path, step: int) -> Path:
-    """Where step `step` of the run in `root` is kept."""
-    return root / "checkpoints" / f"step-{step:08d}"
-
-
-def steps_saved(root: Path) -> list[int]:
-    """Steps that the run in `root` has complete folders of, ascending."""
-    found = (_STEP_FOLDER.fullmatch(path.name) for path in (root / "checkpoints").glob("step-*"))
-    return sorted(int(match[1]) for match in found if match)
-
-
 def save_checkpoint(
     root: Path, step: int, model: APTModel, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int
 ) -> Path:
-    """Write step `step`, then drop all but the newest `keep` and what killed runs left half-written."""
+    """Write step `step`, then drop all but the newest `keep` and what killed runs left half-written.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk, say); those written before are untouched.
+    """
     folder = step_folder(root, step)
     if folder.exists():
         return folder
+    try:
+        _write(folder, step, model, tensors, state)
+    except (OSError, SafetensorError) as error:
+        saved = steps_saved(root)
+        raise CheckpointError(
+            f"{folder} could not be written: {error}",
+            state=f"the checkpoint of step {saved[-1]} is untouched" if saved else "there is no earlier checkpoint",
+            remedy=f"make room on the disk, then: {resume_command(root)}",
+        ) from error
+    clear_partials(folder.parent)
+    for old in steps_saved(root)[:-keep]:
+        outdated = step_folder(root, old)
+        outdated.rename(outdated.with_name(f"{PARTIAL_PREFIX}{outdated.name}"))  # half removed, it is no checkpoint
+    clear_partials(folder.parent)
+    return folder
+
+
+def _write(folder: Path, step: int, model: APTModel, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     with atomic_directory(folder) as partial:
         model.save_pretrained(partial)
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial / OPTIMIZER)
@@ -64,11 +77,6 @@ def save_checkpoint(
             file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(partial.iterdir())
         }
         (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2), encoding="utf-8")
-    for old in steps_saved(root)[:-keep]:
-        shutil.rmtree(step_folder(root, old))
-    for partial in folder.parent.glob(f"{PARTIAL_PREFIX}*"):
-        shutil.rmtree(partial)
-    return folder
 
 
 def verify(folder: Path) -> None:
@@ -83,6 +91,8 @@ def verify(folder: Path) -> None:
         raise _refused(folder, f"its {MANIFEST} cannot be read ({error!r})") from error
     if version != FORMAT:
         raise _refused(folder, f"it has format {version!r}, and this version reads format {FORMAT}")
+    if unlisted := [name for name in FILES if name not in listed]:
+        raise _refused(folder, f"its {MANIFEST} does not list {', '.join(unlisted)}")
     for name, (size, digest) in listed.items():
         path = folder / name
         if not path.is_file():
@@ -98,17 +108,19 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
     folder = step_folder(root, step)
     verify(folder)
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Checkpoint(state.pop("step"), read_tensors(folder / OPTIMIZER), state)
+    if (found := state.pop("step")) != step:
+        raise _refused(folder, f"it holds step {found}, whatever its name says")
+    return Checkpoint(step, read_tensors(folder / OPTIMIZER), state)
 
 
 def _refused(folder: Path, reason: str) -> CheckpointError:
     root = folder.parent.parent
-    match = _STEP_FOLDER.fullmatch(folder.name)
-    earlier = [step for step in steps_saved(root) if match and step < int(match[1])]
+    refused = step_of(folder)
+    earlier = [step for step in steps_saved(root) if refused is not None and step < refused]
     if not earlier:
         return CheckpointError(f"{folder} is refused: {reason}", state="there is no earlier checkpoint")
     return CheckpointError(
         f"{folder} is refused: {reason}",
         state=f"the checkpoint of step {earlier[-1]} is untouched",
-        remedy=f"to go on from it: rm -r {folder} and resume again",
+        remedy=f"to go on from it: rm -r {shlex.quote(str(folder))} && {resume_command(root)}",
     )

@@ -59,7 +59,7 @@ def evaluate(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Score held-out text, all of it or the first `max_tokens` tokens; `on_batch` hears the tokens so far."""
+    """Score held-out text, all of it or `max_tokens` spread over the whole; `on_batch` hears the tokens so far."""
     device = model.embedding.weight.device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = size = 0

@@ -7,6 +7,7 @@ gradient before treatment, tokens a second, bytes in use) or held-out figures (b
 import contextlib
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -36,8 +37,8 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append `row`."""
-        self._file.write(json.dumps(row) + "\n")
+        """Append `row`; what is not finite becomes null, as JSON has no other word for it."""
+        self._file.write(json.dumps({name: _finite(value) for name, value in row.items()}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -53,25 +54,36 @@ class TensorBoardSink:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional and slow to import
         except ImportError as error:
             raise MissingExtraError("--tensorboard on", "tensorboard", "tensorboard") from error
-        self._writer = SummaryWriter(str(root / "tensorboard"), purge_step=from_step or None)
+        # Rows up to `from_step` stay, those after it will come again.
+        self._writer = SummaryWriter(str(root / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one scalar for every number but the step."""
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
 
 
+def can_write_events() -> bool:
+    """Whether TensorBoard is installed."""
+    return importlib.util.find_spec("tensorboard") is not None
+
+
 def open_sinks(root: Path, tensorboard: Literal["auto", "on", "off"], *, from_step: int) -> list[Sink]:
     """The sinks a run writes to; 'on' raises `MissingExtraError` without the package."""
     sinks: list[Sink] = [JsonlSink(root, from_step=from_step)]
-    if tensorboard == "on" or (tensorboard == "auto" and importlib.util.find_spec("tensorboard") is not None):
+    if tensorboard == "on" or (tensorboard == "auto" and can_write_events()):
         sinks.append(TensorBoardSink(root, from_step=from_step))
     return sinks
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(root: Path) -> list[dict[str, Any]]:

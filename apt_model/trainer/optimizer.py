@@ -49,11 +49,19 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give the optimizer the state of a checkpoint; `CheckpointError` when it is another model's."""
+    """Give the optimizer the state of a checkpoint; `CheckpointError` when it is another model's.
+
+    A parameter that never had a gradient has no state: an encoder's, where only the decoder is trained.
+    """
+    names = {f"optimizer.{kind}.{name}" for name, _ in model.named_parameters() for kind in _STATES}
+    if unknown := sorted(name for name in tensors if name.startswith("optimizer.") and name not in names):
+        raise CheckpointError(f"optimizer state of what this model does not have: {', '.join(unknown[:4])}")
     for name, parameter in model.named_parameters():
+        found = {kind: tensors.get(f"optimizer.{kind}.{name}") for kind in _STATES}
+        if all(tensor is None for tensor in found.values()):
+            continue
         state = {}
-        for kind in _STATES:
-            tensor = tensors.get(f"optimizer.{kind}.{name}")
+        for kind, tensor in found.items():
             shape = torch.Size([]) if kind == "step" else parameter.shape
             if tensor is None or tensor.shape != shape:
                 got = "nothing" if tensor is None else list(tensor.shape)

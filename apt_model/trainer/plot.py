@@ -1,7 +1,6 @@
 """The loss curve of a run as a PNG."""
 
 import importlib.util
-import math
 from pathlib import Path
 
 from apt_model.core.errors import MissingExtraError
@@ -23,8 +22,8 @@ def draw_curve(root: Path) -> Path:
     from matplotlib.figure import Figure  # noqa: PLC0415 - optional and slow to import
 
     rows = read_metrics(root)
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    heldout = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
+    train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    heldout = [(row["step"], row["bits_per_byte"]) for row in rows if row.get("bits_per_byte") is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="training loss")
@@ -36,8 +35,7 @@ def draw_curve(root: Path) -> Path:
         right.plot(*zip(*heldout, strict=True), color="tab:orange", marker="o", markersize=4, label="held-out")
         right.set_ylabel("held-out text, bits a byte")
         last = heldout[-1]
-        if math.isfinite(last[1]):
-            right.annotate(f"{last[1]:.3f}", last, textcoords="offset points", xytext=(-6, 8), ha="right")
+        right.annotate(f"{last[1]:.3f}", last, textcoords="offset points", xytext=(-6, 8), ha="right")
         lines += list(right.lines)
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
     with atomic_file(root / CURVE_FILE) as partial:

@@ -18,29 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt_model.core.errors import CheckpointError, ConfigError, InterruptedRun
-from apt_model.core.files import write_text
-from apt_model.core.options import from_dict
-from apt_model.core.system import get_device, get_device_manager
+from apt_model.core.errors import CheckpointError, ConfigError, InterruptedRun, MissingExtraError
+from apt_model.core.files import clear_partials, write_text
+from apt_model.core.system.manager import get_device_manager
 from apt_model.modeling.apt_model import APTModel
 from apt_model.modeling.tokenizer import Tokenizer
-from apt_model.trainer.checkpoint import load_checkpoint, save_checkpoint, step_folder, steps_saved
+from apt_model.trainer.checkpoint import load_checkpoint, save_checkpoint
 from apt_model.trainer.config import TrainConfig
-from apt_model.trainer.corpus import read_corpus
+from apt_model.trainer.corpus import Corpus, read_corpus
 from apt_model.trainer.data import TokenData, load_or_train_tokenizer, make_data
 from apt_model.trainer.evaluation import Evaluation, count_targets, evaluate, to_device, token_nats
 from apt_model.trainer.gradients import GradientReport, GradientTreatment, untreated
-from apt_model.trainer.metrics import open_sinks
+from apt_model.trainer.metrics import can_write_events, open_sinks
 from apt_model.trainer.optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from apt_model.trainer.plot import can_plot, draw_curve
 from apt_model.trainer.progress import Progress, Silent
-from apt_model.trainer.watch import Watch
-
-CONFIG_FILE, TOKENIZER_FILE = "train.json", "tokenizer.json"
-# What may differ between a run and its resumption: none of it enters the arithmetic.
-_FREE_TO_CHANGE = frozenset(
-    "out resume device log_every eval_every eval_tokens checkpoint_every keep_checkpoints tensorboard plot".split()
+from apt_model.trainer.runs import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    changed_options,
+    resume_command,
+    saved_config,
+    step_folder,
+    steps_saved,
 )
+from apt_model.trainer.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,29 +62,21 @@ class RunResult:
     curve: str | None
 
 
-def saved_config(root: Path) -> TrainConfig:
-    """The configuration of the run in `root`; `CheckpointError` when there is none."""
-    try:
-        return from_dict(TrainConfig, json.loads((root / CONFIG_FILE).read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{root} holds no run: there is no {CONFIG_FILE} in it") from error
-    except ValueError as error:
-        raise CheckpointError(f"{root / CONFIG_FILE} cannot be used: {error}") from error
-
-
 class Trainer:
     """One run: `Trainer(config).run()`. Writes only below `config.out`.
 
     Raises:
         ConfigError: `out` holds a run and `resume` is off, or `resume` is on with options that change the arithmetic.
         DataError, DeviceError, CheckpointError: the text, the device or the checkpoint to go on from is unusable.
+        MissingExtraError: `tensorboard` or `plot` is on, and its package is not installed.
     """
 
     def __init__(self, config: TrainConfig, *, progress: Progress | None = None) -> None:
         self.config, self.root = config, Path(config.out)
         self.progress = progress or Silent()
         self._check_folder()
-        self.manager = get_device_manager(get_device(config.device))
+        self._check_extras()
+        self.manager = get_device_manager(config.device)
         self.device = self.manager.device
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.manager.supports_bf16())
         self.data = self._load_data()
@@ -100,12 +94,9 @@ class Trainer:
         self._stop_signal: int | None = None
 
     def _check_folder(self) -> None:
-        holds_run = (self.root / CONFIG_FILE).exists()
+        holds_run = (self.root / CONFIG_FILE).exists() or bool(steps_saved(self.root))
         if self.config.resume:
-            before, now = dataclasses.asdict(saved_config(self.root)), dataclasses.asdict(self.config)
-            changed = _differences({**before, "model": None}, {**now, "model": None})
-            changed += [f"model.{name}" for name in _differences(_model_options(before), _model_options(now))]
-            if changed := [name for name in changed if name not in _FREE_TO_CHANGE]:
+            if changed := changed_options(saved_config(self.root), self.config):
                 raise ConfigError(
                     f"resume: these options differ from the run in {self.root}: {', '.join(changed)}",
                     remedy=f"resume with the run's own options (they are in {self.root / CONFIG_FILE}), "
@@ -114,8 +105,15 @@ class Trainer:
         elif holds_run:
             raise ConfigError(
                 f"{self.root} already holds a run",
-                remedy=f"go on with it: --out {self.root} --resume; or give another --out",
+                remedy=f"go on with it: {resume_command(self.root)}; or give another --out",
             )
+
+    def _check_extras(self) -> None:
+        # Before training: the curve would be missed only after the last step.
+        if self.config.tensorboard == "on" and not can_write_events():
+            raise MissingExtraError("--tensorboard on", "tensorboard", "tensorboard")
+        if self.config.plot == "on" and not can_plot():
+            raise MissingExtraError("--plot on", "matplotlib", "plot")
 
     def _load_data(self) -> TokenData:
         self.progress.phase("reading text")
@@ -127,7 +125,9 @@ class Trainer:
             self.progress.phase("training the tokenizer")
             tokenizer = load_or_train_tokenizer(self.config.data, self.config.model.vocab_size, corpus)
         self.progress.phase("encoding")
-        return make_data(self.config.data, tokenizer, corpus, self.config.seed)
+        data = make_data(self.config.data, tokenizer, corpus, self.config.seed)
+        self._fingerprint = fingerprint(corpus, data)
+        return data
 
     def _build_model(self) -> APTModel:
         tokenizer = self.data.tokenizer
@@ -154,6 +154,7 @@ class Trainer:
             InterruptedRun: SIGINT or SIGTERM came; the step in hand was finished and saved.
         """
         self.root.mkdir(parents=True, exist_ok=True)
+        clear_partials(self.root)
         if not self.config.resume:
             self.data.tokenizer.save(self.root / TOKENIZER_FILE)
         effective = dataclasses.asdict(dataclasses.replace(self.config, resume=False))
@@ -175,19 +176,20 @@ class Trainer:
             self.watch.add(self.train_step(step))
             self.done = step + 1
             ends = self.done == config.steps
+            stop = self._stop_signal  # read once: it may come between any two lines
             row = None
-            if self.done % config.log_every == 0 or ends or self._stop_signal:
+            if self.done % config.log_every == 0 or ends or stop:
                 row = last = self._log_row(step, sinks)
             self.progress.step(self.done, row)
             if ends or (config.eval_every and self.done % config.eval_every == 0):
                 heldout = self._evaluate(sinks)
-            if ends or self._stop_signal or self.done % config.checkpoint_every == 0:
+            if ends or stop or self.done % config.checkpoint_every == 0:
                 self.save()
-            if self._stop_signal and not ends:
+            if stop and not ends:
                 raise InterruptedRun(
-                    f"stopped by {signal.Signals(self._stop_signal).name} after step {self.done} of {config.steps}",
+                    f"stopped by {signal.Signals(stop).name} after step {self.done} of {config.steps}",
                     state=f"saved: {step_folder(self.root, self.done)}",
-                    remedy=f"to go on: apt-model train --out {self.root} --resume",
+                    remedy=f"to go on: {resume_command(self.root)}",
                 )
         if first == config.steps:
             heldout = self._evaluate([])
@@ -207,7 +209,7 @@ class Trainer:
             part = to_device(type(batch)(tuple(ids[rows] for ids in batch.inputs), batch.labels[rows]), self.device)
             with self.autocast():
                 loss = token_nats(self.model(*part.inputs), part.labels) / targets
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         report = untreated(self.model) if self.treatment is None else self.treatment(step)
         for group in self.optimizer.param_groups:
@@ -229,7 +231,7 @@ class Trainer:
         tensors = optimizer_tensors(self.model, self.optimizer)
         if self.treatment is not None:
             tensors |= {f"treatment.{name}": tensor for name, tensor in self.treatment.state_dict().items()}
-        state = {"data": self._fingerprint(), "watch": self.watch.state()}
+        state = {"data": self._fingerprint, "watch": self.watch.state()}
         return save_checkpoint(self.root, self.done, self.model, tensors, state, keep=self.config.keep_checkpoints)
 
     def _restore(self) -> None:
@@ -237,12 +239,17 @@ class Trainer:
         if not saved:
             return  # killed before its first checkpoint: step 0 follows from the seed
         found = load_checkpoint(self.root, saved[-1])
-        if found.state["data"] != self._fingerprint():
+        if found.state["data"] != self._fingerprint:
             raise CheckpointError(
                 f"the text under {self.config.data.source!r} is not what the run in {self.root} was trained on",
                 remedy="restore the text, or start a new run in another folder",
             )
         model = APTModel.from_pretrained(step_folder(self.root, found.step))
+        if model.config != self.config.model:
+            raise CheckpointError(
+                f"{step_folder(self.root, found.step)} holds another model than {self.root / CONFIG_FILE} describes",
+                remedy="put back the folder that this run wrote",
+            )
         self.model.load_state_dict(model.state_dict())
         load_optimizer_tensors(self.model, self.optimizer, found.tensors)
         if self.treatment is not None:
@@ -253,28 +260,18 @@ class Trainer:
         self.watch.restore(found.state["watch"])
         self.done = found.step
 
-    def _fingerprint(self) -> str:
-        """Of the training batches: the first one's ids say whether this is the same text."""
-        return hashlib.sha256(self.data.batch(0, 64).labels.numpy().tobytes()).hexdigest()
-
     def _log_row(self, step: int, sinks: list[Any]) -> dict[str, Any]:
         row = {
             "step": self.done,
             **self.watch.row(),
             "lr": learning_rate(self.config.optimizer, step, self.config.steps),
         }
-        row["tokens_per_s"] = self.watch.pace(self._tokens_per_step())
+        row["tokens_per_s"] = self.watch.pace(self.config.tokens_per_step)
         row["memory_bytes"] = self.manager.memory_allocated()
         for sink in sinks:
             sink.write(row)
         self.watch.check()
         return row
-
-    def _tokens_per_step(self) -> int:
-        """Positions that the model reads in a step, padding included."""
-        config = self.config
-        length = config.data.seq_len + (config.data.target_len if config.data.task == "seq2seq" else 0)
-        return config.batch_size * config.grad_accumulation * length
 
     def _evaluate(self, sinks: list[Any]) -> Evaluation:
         self.progress.phase("evaluating on held-out text")
@@ -303,7 +300,7 @@ class Trainer:
             parameters=self.model.num_parameters(),
             loss=float("nan") if last is None else last["loss"],
             bits_per_byte=heldout.bits_per_byte,
-            tokens_per_s=steps * self._tokens_per_step() / seconds,
+            tokens_per_s=steps * self.config.tokens_per_step / seconds,
             peak_memory_bytes=self.manager.peak_memory(),
             seconds=seconds,
             skipped_steps=self.watch.skipped,
@@ -332,19 +329,17 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    changed = []
-    for name, value in now.items():
-        if isinstance(value, dict) and isinstance(before[name], dict):
-            changed += [f"{name}.{inner}" for inner in value if value[inner] != before[name][inner]]
-        elif value != before[name]:
-            changed.append(name)
-    return changed
-
-
-def _model_options(config: dict[str, Any]) -> dict[str, Any]:
-    """The model's options but the special ids, which come from the tokenizer."""
-    return {name: value for name, value in config["model"].items() if not name.endswith("_token_id")}
+def fingerprint(corpus: Corpus[Any], data: TokenData) -> str:
+    """Of every text, held out or not, and of a batch of ids, which says whether the tokenizer is the same."""
+    digest = hashlib.sha256()
+    for item in (*corpus.train, *corpus.heldout):
+        for text in dataclasses.astuple(item):
+            encoded = text.encode("utf-8", "surrogateescape")
+            digest.update(b"%d:" % len(encoded) + encoded)
+    batch = data.batch(0, 64)
+    for ids in (*batch.inputs, batch.labels):
+        digest.update(ids.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _mix(seed: int, step: int) -> int:

@@ -21,6 +21,7 @@ class Watch:
         self.skipped = 0
         self._config = config
         self._pending: list[Tensor] = []
+        self._losses: list[float] = []  # since the last row, without skipped steps
         self._smooth: float | None = None
         self._best, self._uphill, self._skipped_in_a_row = float("inf"), 0, 0
         self._loss = self._norm = float("nan")
@@ -36,13 +37,12 @@ class Watch:
         """Leave what passed since the last row out of the pace."""
         self._since, self._steps_since = time.monotonic(), 0
 
-    def _drain(self) -> list[list[float]]:
+    def _drain(self) -> None:
         rows: list[list[float]] = torch.stack(self._pending).tolist() if self._pending else []
         self._pending.clear()
         self._steps_since += len(rows)
         for loss, norm, found_inf in rows:
             self._see(loss, norm, bool(found_inf))
-        return rows
 
     def _see(self, loss: float, norm: float, skipped: bool) -> None:
         self._loss, self._norm = loss, norm
@@ -52,6 +52,7 @@ class Watch:
             self._fault = f"{self._skipped_in_a_row} steps in a row had gradients that were not finite"
         if skipped:
             return
+        self._losses.append(loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._fault = f"the loss was {loss} and the gradient's norm {norm}, and nothing guarded the weights"
             return
@@ -66,8 +67,8 @@ class Watch:
 
     def row(self) -> dict[str, Any]:
         """Figures of the steps since the last row: mean loss, last gradient norm, skipped steps so far."""
-        rows = self._drain()
-        losses = [loss for loss, _, found_inf in rows if not found_inf] or [self._loss]
+        self._drain()
+        losses, self._losses = self._losses or [self._loss], []
         return {"loss": sum(losses) / len(losses), "grad_norm": self._norm, "skipped": self.skipped}
 
     def pace(self, tokens_per_step: int) -> float:
@@ -82,7 +83,7 @@ class Watch:
         if self._fault is not None:
             raise DivergenceError(
                 f"training diverged: {self._fault}",
-                state=f"the newest checkpoint in {self._config.out} is from before",
+                state=f"no checkpoint of it was saved; those in {self._config.out}, if any, are from before",
                 remedy=f"a lower --optimizer.lr (it was {self._config.optimizer.lr:g}), or a longer "
                 f"--optimizer.warmup-steps (it was {self._config.optimizer.warmup_steps})",
             )
@@ -92,7 +93,7 @@ class Watch:
         best = None if self._best == float("inf") else self._best
         return {
             "smooth": self._smooth, "best": best, "uphill": self._uphill,
-            "skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row,
+            "skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row, "losses": self._losses,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -100,3 +101,4 @@ class Watch:
         self._smooth, self._uphill = state["smooth"], state["uphill"]
         self._best = float("inf") if state["best"] is None else state["best"]
         self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self._losses = list(state["losses"])

@@ -234,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny shape, to check the script")
     parser.add_argument("--eager", action="store_true", help="measure without torch.compile too")
+    parser.add_argument("--eager-only", action="store_true", help="measure without torch.compile only")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), help="which arms")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
@@ -246,14 +247,15 @@ def main() -> None:
         Arm(options.warm, shape, compiled=True).step()
         return
     rows: list[dict[str, object]] = []
-    if options.eager:
+    if options.eager or options.eager_only:
         rows += measure(options.arms, shape, compiled=False, rounds=options.rounds, steps=options.steps)
         print(table(rows), flush=True)
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-        warm_caches(options.arms, ["--small"] if options.small else [])
-    rows += measure(options.arms, shape, compiled=True, rounds=options.rounds, steps=options.steps)
-    print(table(rows))
+    if not options.eager_only:
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+            warm_caches(options.arms, ["--small"] if options.small else [])
+        rows += measure(options.arms, shape, compiled=True, rounds=options.rounds, steps=options.steps)
+        print(table(rows))
     print(record.write("training_throughput", rows, folder=options.out))
 
 

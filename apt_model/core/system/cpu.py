@@ -81,7 +81,7 @@ class CpuDevice(Device):
     def supports_bf16(self) -> bool:
         """Whether the kernel lists bf16 dot products and torch has oneDNN, which uses them."""
         flags = _cpu_field(self._cpuinfo, "flags") or _cpu_field(self._cpuinfo, "Features")  # x86, Arm
-        has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch leaves it so
+        has_onednn: bool = torch.backends.mkldnn.is_available()  # torch leaves it so
         return has_onednn and not _BF16_FLAGS.isdisjoint(flags.split())
 
 

@@ -69,7 +69,7 @@ class CudaDevice(Device):
     def reset_peak_memory(self) -> None:
         """Let `peak_memory` start again from what is held now."""
         # Before the device is started there is no peak, and torch refuses an index.
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        if torch.cuda.is_initialized():  # torch leaves it unannotated
             torch.cuda.reset_peak_memory_stats(self.index)
 
     def empty_cache(self) -> None:

@@ -1,0 +1,51 @@
+"""What an error code means and what to do about it, from the error classes themselves."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from apt_model.core import errors
+
+_ADVICE = {
+    "APT-E000": "Run the command again with --debug: the traceback says where it came from. If it is no matter of "
+    "memory or of the disk, the mistake is ours: please send it to us.",
+    "APT-E001": "The message names the option, what it takes and what came. `apt-model COMMAND --help` lists all "
+    "options with their choices and defaults; a run's own are in its train.json.",
+    "APT-E002": "The message names the argument, what it takes and what came.",
+    "APT-E003": "Shorten the text or --max-new-tokens, or train with a larger --model.max-seq-len.",
+    "APT-E010": "The message names the file, and the line where there is one. --data.source takes 'stdlib', a text "
+    "file, a folder of text (--data.suffixes says which files), or a .jsonl file.",
+    "APT-E020": "Nothing was loaded. The message names the file that is missing or altered. An earlier checkpoint of "
+    "the run, where there is one, is untouched: remove the refused folder and go on with --resume.",
+    "APT-E030": "Take a lower --optimizer.lr or a longer --optimizer.warmup-steps. With --model.no-use-dbc-dac "
+    "nothing clips gradients. metrics.jsonl holds the loss and the gradient's norm up to there.",
+    "APT-E040": "`apt-model info` shows the device that is used. --device auto takes APT_DEVICE, or the best there is.",
+    "APT-E050": "Install the package: the remedy is the command. Or leave the option that needs it at auto.",
+    "APT-E060": "Nothing is lost up to the newest checkpoint: apt-model train --out OUT --resume goes on from there.",
+}
+
+
+def explain(code: str) -> list[dict[str, Any]]:
+    """Code, error, exit code, meaning and advice of `code` ('APT-E010', 'e010'); of all codes when it is empty."""
+    known = {kind.code: kind for kind in _tree(errors.AptError)}
+    wanted = code.upper() if code.upper().startswith("APT-") or not code else f"APT-{code.upper()}"
+    if wanted and wanted not in known:
+        raise errors.ConfigError(f"there is no error code {code!r}", remedy=f"known codes: {', '.join(sorted(known))}")
+    return [_meaning(known[name]) for name in sorted(known) if wanted in ("", name)]
+
+
+def _tree(kind: type[errors.AptError]) -> Iterator[type[errors.AptError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _tree(child)
+
+
+def _meaning(kind: type[errors.AptError]) -> dict[str, Any]:
+    meaning = inspect.getdoc(kind) if kind is not errors.AptError else "Something that has no code of its own."
+    return {
+        "code": kind.code,
+        "error": kind.__name__,
+        "exit_code": kind.exit_code,
+        "meaning": meaning,
+        "advice": _ADVICE[kind.code],
+    }

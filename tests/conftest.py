@@ -1,0 +1,46 @@
+"""What holds for every test: one thread, known seeds, no network, and no policy left behind."""
+
+import os
+import random
+import socket
+import sys
+
+import pytest
+
+# Before torch is loaded, here and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network():
+    """Connections leave this machine in no test; a server of the test's own on the loopback is fine."""
+    connect = socket.socket.connect
+
+    def refuse(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in _LOCAL:
+            pytest.fail(f"a test connects to {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _known_seeds():
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_policy_left():
+    yield
+    policy = sys.modules.get("apt_model.core.policy")
+    if policy is not None and policy.current_policy() is not None:
+        policy.set_policy(None)
+        pytest.fail("the test leaves the process's policy set")

@@ -1,0 +1,44 @@
+"""Every tolerance that the numerics tests use, each with its reason. One that is exceeded is a fault to find."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tolerance(NamedTuple):
+    """|got - expected| <= absolute + relative * |expected|, elementwise."""
+
+    relative: float
+    absolute: float
+    reason: str
+
+
+TOLERANCES = {
+    "definition_fp64": Tolerance(1e-12, 1e-12, "fp64 both sides; sums of at most 65 terms in another order"),
+    "softplus_fp64": Tolerance(
+        2e-10, 2e-10, "fp64, but torch takes softplus(x) as x beyond 20, where they differ by 2e-9"
+    ),
+    "definition_fp32": Tolerance(1e-6, 1e-6, "fp32 arithmetic on values near 1: a few of its 6e-8 roundings"),
+    "one_rounding_bf16": Tolerance(2**-8, 1e-6, "one rounding to bf16's 8 bits, at most half of 2^-7 of the value"),
+    "scale_equivariance": Tolerance(
+        1e-6, 1e-5, "eps is absolute: 1e-6 beside a mean square of 1; steps are a few times that"
+    ),
+    "rotation_equivariance": Tolerance(1e-9, 1e-9, "fp64; a rotation by 65 x 65 products moves the norms by rounding"),
+    "closed_form_fp64": Tolerance(1e-10, 1e-10, "fp64 gradients through two expressions of the same function"),
+    "compiled": Tolerance(1e-5, 1e-5, "fp32; fused kernels contract multiply and add and sum in another order"),
+    "bound": Tolerance(1e-6, 0.0, "fp32 norms of the rounded result and of the stream that bounds it"),
+    "attention_fp64": Tolerance(1e-10, 1e-10, "fp64; SDPA sums the softmax in blocks, the explicit form at once"),
+    "other_shape": Tolerance(2e-5, 2e-5, "fp32 through a whole small model; a product of another shape sums otherwise"),
+    "memory_per_doubling": Tolerance(
+        2.3, 0.0, "twice the positions hold twice the memory; a seventh more for workspaces"
+    ),
+    "accumulation": Tolerance(1e-4, 1e-6, "fp32 gradients summed over micro-batches instead of in one product"),
+}
+
+
+def assert_close(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise `AssertionError` that shows the worst element when the two differ by more than the named tolerance."""
+    limit = TOLERANCES[name]
+    torch.testing.assert_close(
+        got, expected, rtol=limit.relative, atol=limit.absolute, msg=lambda text: f"{name} ({limit.reason})\n{text}"
+    )
