@@ -1,6 +1,6 @@
 """What every benchmark writes beside its figures: the machine, the versions, the commit, the measured ceilings."""
 
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -14,7 +14,7 @@ import torch
 def machine() -> dict[str, Any]:
     """Device, driver, versions and commit of this run."""
     found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         "commit": os.environ.get("BENCH_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "python": platform.python_version(),
         "torch": torch.__version__,

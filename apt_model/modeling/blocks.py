@@ -115,7 +115,7 @@ class DecoderLayer(nn.Module):
         )
         self.feed_forward = Sublayer(config, _feed_forward(config), count)
 
-    def forward(
+    def forward(  # noqa: PLR0917 - activation checkpointing hands tensors over by position
         self,
         u_BTD: Tensor,
         state: LeftSpinState | None,
@@ -146,7 +146,7 @@ def activation_bytes(config: APTModelConfiguration, *, tokens: int, num_layers: 
     term = config.autopoietic_rank + config.num_heads if config.use_autopoietic else 0
     # What attention returns; with the term, its value and the sum of both too.
     returned = width * (3 if config.use_autopoietic else 1)
-    # The norm's input and output, then query and key after their turn, and the projection, which the value is a view of.
+    # The norm's input and output, query and key after their turn, and the projection (the value is a view of it).
     attention = 2 * width + 2 * width + (3 * width + term) + returned
     # Here the query is a view of its projection, and key and value one of the memory's.
     cross_attention = 2 * width + (width + term) + 2 * width + returned

@@ -22,7 +22,7 @@ class _Decoder:
     """The model as a function from the tokens so far to the next token's logits, cached or not."""
 
     def __init__(
-        self, model: "APTModel", prompt: Tensor, mask: Tensor | None, source: Tensor | None, use_cache: bool, room: int
+        self, model: "APTModel", prompt: Tensor, mask: Tensor | None, source: Tensor | None, *, capacity: int | None
     ) -> None:
         self.model = model
         self.mask = mask if source is None else None
@@ -31,7 +31,7 @@ class _Decoder:
         if source is not None:
             self.memory, self.memory_mask = model.encode(source, mask)
         rows = prompt.shape[0]
-        self.cache = model.new_cache(rows, prompt.shape[1] + room, cross=source is not None) if use_cache else None
+        self.cache = None if capacity is None else model.new_cache(rows, capacity, cross=source is not None)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """All tokens so far [R, t] -> logits [R, V] of the next, fp32."""
@@ -81,9 +81,8 @@ def generate(
         with model.precision(input_ids.device):
             prompt = input_ids if causal else _start(model, input_ids)
             _check_room(model, prompt, config)
-            decoder = _Decoder(
-                model, prompt, mask, None if causal else input_ids, config.use_cache, config.max_new_tokens
-            )
+            capacity = prompt.shape[1] + config.max_new_tokens if config.use_cache else None
+            decoder = _Decoder(model, prompt, mask, None if causal else input_ids, capacity=capacity)
             return (_beam_search if config.num_beams > 1 else _one_by_one)(model, decoder, prompt, config)
     finally:
         model.train(was_training)

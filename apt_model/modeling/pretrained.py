@@ -61,9 +61,11 @@ def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tens
         problems.append(f"{len(missing)} missing ({', '.join(missing[:_NAMES_SHOWN])})")
     if extra:
         problems.append(f"{len(extra)} unexpected ({', '.join(extra[:_NAMES_SHOWN])})")
-    for name in sorted(expected.keys() & found.keys()):
-        if expected[name].shape != found[name].shape:
-            problems.append(f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}")
+    problems += [
+        f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name].shape != found[name].shape
+    ]
     if problems:
         raise CheckpointError(
             f"{path} does not fit its config.json: {'; '.join(problems[:_NAMES_SHOWN])}",

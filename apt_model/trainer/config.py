@@ -139,12 +139,6 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Positions that the model reads in a step, padding included."""
-        length = self.data.seq_len + (self.data.target_len if self.data.task == "seq2seq" else 0)
-        return self.batch_size * self.grad_accumulation * length
-
     def __post_init__(self) -> None:
         """Raise `ConfigError` for the first value that cannot be met."""
         check_types(self)

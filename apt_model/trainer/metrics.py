@@ -1,7 +1,7 @@
 """What a run measures, written as it goes: metrics.jsonl always, TensorBoard events when asked.
 
 A line of metrics.jsonl holds `step` and either training figures (loss in nats a token, learning rate, norm of the
-gradient before treatment, tokens a second, bytes in use) or held-out figures (bits_per_byte).
+gradient before treatment, tokens and seconds since the row before, bytes in use) or held-out figures (bits_per_byte).
 """
 
 import contextlib

@@ -87,7 +87,6 @@ class Bar:
         from rich.console import Console  # noqa: PLC0415 - only where there is a terminal
         from rich.progress import (  # noqa: PLC0415
             BarColumn,
-            MofNCompleteColumn,
             Progress,
             SpinnerColumn,
             TextColumn,
@@ -98,12 +97,13 @@ class Bar:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._task = self._progress.add_task("starting", total=None, figures="")
+        self._total = 0
+        self._task = self._progress.add_task("starting", total=None, figures="", count="")
         self._progress.start()
 
     def phase(self, text: str) -> None:
@@ -113,10 +113,11 @@ class Bar:
     def start(self, total: int, done: int) -> None:
         """Begin to count steps."""
         self._progress.reset(self._task, total=total, completed=done, description="training", figures="")
+        self._total = total
 
     def step(self, step: int, row: dict[str, Any] | None) -> None:
         """Move the bar."""
-        self._progress.update(self._task, completed=step, description="training")
+        self._progress.update(self._task, completed=step, description="training", count=f"{step}/{self._total}")
         if row is not None:
             self._progress.update(self._task, figures=describe(row))
 

@@ -19,7 +19,6 @@ from apt_model.modeling.configuration import APTModelConfiguration
 from apt_model.modeling.tokenizer import Tokenizer
 from apt_model.trainer.baselines import compressed_bits_per_byte
 from apt_model.trainer.checkpoint import STATE, verify
-from apt_model.trainer.config import TrainConfig
 from apt_model.trainer.corpus import Document, read_corpus
 from apt_model.trainer.data import make_data
 from apt_model.trainer.evaluation import evaluate
@@ -103,7 +102,7 @@ class Scorer:
         )
         seconds = time.monotonic() - begin
         root, step = saved.run or self.run, saved.step or self.step
-        training_seconds, pace = training_figures(root, self.config, step)
+        training_seconds, pace = training_figures(root, step)
         return Score(
             model=str(saved.folder),
             step=step,
@@ -194,11 +193,8 @@ def mechanisms_off(model: APTModelConfiguration) -> list[str]:
     return [name for option, name in MECHANISMS.items() if not getattr(model, option)]
 
 
-def training_figures(root: Path, config: TrainConfig, step: int) -> tuple[float | None, float | None]:
+def training_figures(root: Path, step: int) -> tuple[float | None, float | None]:
     """Seconds in training steps up to `step` and tokens a second over them, from the run's own measurements."""
-    seconds, done = 0.0, 0
-    for row in read_metrics(root):
-        if row.get("tokens_per_s") and done < row["step"] <= step:
-            seconds += (row["step"] - done) * config.tokens_per_step / row["tokens_per_s"]
-            done = row["step"]
-    return (seconds, done * config.tokens_per_step / seconds) if done else (None, None)
+    rows = [row for row in read_metrics(root) if "tokens" in row and row["step"] <= step]
+    seconds = sum(row["seconds"] for row in rows)
+    return (seconds, sum(row["tokens"] for row in rows) / seconds) if rows else (None, None)

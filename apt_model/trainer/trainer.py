@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from apt_model.core.errors import CheckpointError, ConfigError, InterruptedRun, MissingExtraError
 from apt_model.core.files import clear_partials, write_text
@@ -28,7 +27,7 @@ from apt_model.trainer.config import TrainConfig
 from apt_model.trainer.corpus import Corpus, read_corpus
 from apt_model.trainer.data import TokenData, load_or_train_tokenizer, make_data
 from apt_model.trainer.evaluation import Evaluation, count_targets, evaluate, to_device, token_nats
-from apt_model.trainer.gradients import GradientReport, GradientTreatment, untreated
+from apt_model.trainer.gradients import GradientTreatment, untreated
 from apt_model.trainer.metrics import can_write_events, open_sinks
 from apt_model.trainer.optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from apt_model.trainer.plot import can_plot, draw_curve
@@ -42,7 +41,7 @@ from apt_model.trainer.runs import (
     step_folder,
     steps_saved,
 )
-from apt_model.trainer.watch import Watch
+from apt_model.trainer.watch import Step, Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +170,10 @@ class Trainer:
     def _train(self, sinks: list[Any]) -> RunResult:
         config, begin = self.config, time.monotonic()
         self.manager.reset_peak_memory()
-        first, row, last = self.done, None, None
+        first, row, last, tokens = self.done, None, None, 0
         for step in range(self.done, config.steps):
-            self.watch.add(self.train_step(step))
+            self.watch.add(taken := self.train_step(step))
+            tokens += taken.tokens
             self.done = step + 1
             ends = self.done == config.steps
             stop = self._stop_signal  # read once: it may come between any two lines
@@ -194,10 +194,10 @@ class Trainer:
         if first == config.steps:
             heldout = self._evaluate([])
         seconds = time.monotonic() - begin
-        return self._result(first, last, heldout, seconds)
+        return self._result(last, heldout, tokens, seconds)
 
-    def train_step(self, step: int) -> tuple[Tensor, GradientReport]:
-        """One optimizer step; returns its loss (nats a token) and gradient report, still on the device."""
+    def train_step(self, step: int) -> Step:
+        """Take optimizer step `step`, from 0."""
         config = self.config
         self.manager.manual_seed(_mix(config.seed, step))
         batch = self.data.batch(step, config.batch_size * config.grad_accumulation)
@@ -217,7 +217,7 @@ class Trainer:
         self.optimizer.found_inf = report.found_inf  # type: ignore[attr-defined] # fused AdamW skips such a step itself
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, report
+        return Step(total, report, sum(ids.numel() for ids in batch.inputs))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the run: bf16 autocast, or nothing."""
@@ -266,7 +266,6 @@ class Trainer:
             **self.watch.row(),
             "lr": learning_rate(self.config.optimizer, step, self.config.steps),
         }
-        row["tokens_per_s"] = self.watch.pace(self.config.tokens_per_step)
         row["memory_bytes"] = self.manager.memory_allocated()
         for sink in sinks:
             sink.write(row)
@@ -288,8 +287,7 @@ class Trainer:
         self.watch.restart_clock()
         return heldout
 
-    def _result(self, first: int, last: dict[str, Any] | None, heldout: Evaluation, seconds: float) -> RunResult:
-        steps = self.config.steps - first
+    def _result(self, last: dict[str, Any] | None, heldout: Evaluation, tokens: int, seconds: float) -> RunResult:
         if self.config.plot == "on" or (self.config.plot == "auto" and can_plot()):
             curve: str | None = str(draw_curve(self.root))
         else:
@@ -300,7 +298,7 @@ class Trainer:
             parameters=self.model.num_parameters(),
             loss=float("nan") if last is None else last["loss"],
             bits_per_byte=heldout.bits_per_byte,
-            tokens_per_s=steps * self.config.tokens_per_step / seconds,
+            tokens_per_s=tokens / seconds,
             peak_memory_bytes=self.manager.peak_memory(),
             seconds=seconds,
             skipped_steps=self.watch.skipped,

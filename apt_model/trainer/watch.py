@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from apt_model.trainer.config import TrainConfig
 from apt_model.trainer.gradients import GradientReport
 
 _SMOOTHING, _UPHILL_STEPS = 0.98, 50
+
+
+class Step(NamedTuple):
+    """What an optimizer step came to; the tensors are still on the device."""
+
+    loss: Tensor
+    """Nats a token, a scalar."""
+    report: GradientReport
+    tokens: int
+    """Positions that the model read, padding included."""
 
 
 class Watch:
@@ -28,19 +38,18 @@ class Watch:
         self._fault: str | None = None
         self.restart_clock()
 
-    def add(self, result: tuple[Tensor, GradientReport]) -> None:
+    def add(self, step: Step) -> None:
         """Note a step; nothing is read yet."""
-        loss, report = result
-        self._pending.append(torch.stack([loss, report.norm, report.found_inf]))
+        self._pending.append(torch.stack([step.loss, step.report.norm, step.report.found_inf]))
+        self._tokens += step.tokens
 
     def restart_clock(self) -> None:
-        """Leave what passed since the last row out of the pace."""
-        self._since, self._steps_since = time.monotonic(), 0
+        """Begin to count tokens and time anew."""
+        self._since, self._tokens = time.monotonic(), 0
 
     def _drain(self) -> None:
         rows: list[list[float]] = torch.stack(self._pending).tolist() if self._pending else []
         self._pending.clear()
-        self._steps_since += len(rows)
         for loss, norm, found_inf in rows:
             self._see(loss, norm, bool(found_inf))
 
@@ -66,16 +75,15 @@ class Watch:
             )
 
     def row(self) -> dict[str, Any]:
-        """Figures of the steps since the last row: mean loss, last gradient norm, skipped steps so far."""
+        """Figures of the steps since the last row: mean loss, last gradient norm, skipped steps so far, pace."""
         self._drain()
         losses, self._losses = self._losses or [self._loss], []
-        return {"loss": sum(losses) / len(losses), "grad_norm": self._norm, "skipped": self.skipped}
-
-    def pace(self, tokens_per_step: int) -> float:
-        """Tokens a second since the last call or restart."""
-        tokens, seconds = self._steps_since * tokens_per_step, time.monotonic() - self._since
+        tokens, seconds = self._tokens, time.monotonic() - self._since
         self.restart_clock()
-        return tokens / max(seconds, 1e-9)
+        return {
+            "loss": sum(losses) / len(losses), "grad_norm": self._norm, "skipped": self.skipped,
+            "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / max(seconds, 1e-9),
+        }  # fmt: skip
 
     def check(self) -> None:
         """Raise `DivergenceError` when training has gone wrong."""

@@ -66,7 +66,7 @@ def design_step(
     w2: float,
     detach: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Take the step u + g delta with the design gate; returns the new stream and the running angle for the next sublayer."""
+    """Take the step u + g delta with the design gate; returns the new stream and the next sublayer's previous angle."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
         gate, phi = design_gate(u, delta, previous_delta, previous_phi, alpha=alpha, tau=tau, beta=beta, w1=w1, w2=w2)
     return _step(u, gate, delta), phi
@@ -81,7 +81,7 @@ def trust_gate(u: Tensor, v: Tensor, *, alpha: float, tau: float = 0.0) -> Tenso
 
 
 def trust_step(u: Tensor, delta: Tensor, scale: Tensor, *, alpha: float, detach: bool = True) -> Tensor:
-    """Take the step u + g v with v = scale * delta, scale [D]: a step is always shorter than |u| / alpha (up to eps)."""
+    """Take the step u + g v with v = scale * delta, scale [D]: a step is shorter than |u| / alpha (up to eps)."""
     v = _accumulate(scale) * delta
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
         gate = trust_gate(u, v, alpha=alpha)
