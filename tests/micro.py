@@ -6,6 +6,7 @@ from pathlib import Path
 
 from apt_model.modeling.configuration import APTModelConfiguration
 from apt_model.trainer.config import DataConfig, GradientConfig, OptimizerConfig, TrainConfig
+from apt_model.trainer.metrics import read_metrics
 
 
 def write_texts(folder: Path, *, files: int = 20, lines: int = 30) -> Path:
@@ -56,6 +57,12 @@ def train_config(out: Path, source: Path, *, model=None, data=None, optimizer=No
         gradient=GradientConfig(**gradient or {}),
         **{**options, **changes},
     )
+
+
+def figures(out: Path) -> list[dict]:
+    """The rows of metrics.jsonl, without what is different in a run that was resumed, and on a busier machine."""
+    timed = ("tokens", "seconds", "tokens_per_s", "memory_bytes")
+    return [{name: value for name, value in row.items() if name not in timed} for row in read_metrics(out)]
 
 
 def tensors_of(folder: Path) -> dict[str, bytes]:

@@ -274,6 +274,7 @@ class Trainer:
 
     def _evaluate(self, sinks: list[Any]) -> Evaluation:
         self.progress.phase("evaluating on held-out text")
+        begin = time.monotonic()
         heldout = evaluate(
             self.model,
             self.data,
@@ -284,7 +285,7 @@ class Trainer:
         for sink in sinks:
             sink.write({"step": self.done, "bits_per_byte": heldout.bits_per_byte})
         self.progress.note(f"step {self.done}  held-out {heldout.bits_per_byte:.4f} bits/byte")
-        self.watch.restart_clock()
+        self.watch.leave_out(time.monotonic() - begin)
         return heldout
 
     def _result(self, last: dict[str, Any] | None, heldout: Evaluation, tokens: int, seconds: float) -> RunResult:

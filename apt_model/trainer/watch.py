@@ -36,15 +36,18 @@ class Watch:
         self._best, self._uphill, self._skipped_in_a_row = float("inf"), 0, 0
         self._loss = self._norm = float("nan")
         self._fault: str | None = None
-        self.restart_clock()
+        self._restart_clock()
 
     def add(self, step: Step) -> None:
         """Note a step; nothing is read yet."""
         self._pending.append(torch.stack([step.loss, step.report.norm, step.report.found_inf]))
         self._tokens += step.tokens
 
-    def restart_clock(self) -> None:
-        """Begin to count tokens and time anew."""
+    def leave_out(self, seconds: float) -> None:
+        """Do not count so much of the time since the last row: it went into something else than steps."""
+        self._since += seconds
+
+    def _restart_clock(self) -> None:
         self._since, self._tokens = time.monotonic(), 0
 
     def _drain(self) -> None:
@@ -79,7 +82,7 @@ class Watch:
         self._drain()
         losses, self._losses = self._losses or [self._loss], []
         tokens, seconds = self._tokens, time.monotonic() - self._since
-        self.restart_clock()
+        self._restart_clock()
         return {
             "loss": sum(losses) / len(losses), "grad_norm": self._norm, "skipped": self.skipped,
             "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / max(seconds, 1e-9),

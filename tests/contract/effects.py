@@ -14,11 +14,12 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from micro import model_config, write_texts
+from micro import figures, model_config, write_texts
 from small_models import SHAPE, build, noise, tokens
 from torch import nn
 
@@ -33,9 +34,8 @@ from apt_model.trainer.config import DataConfig, GradientConfig, OptimizerConfig
 from apt_model.trainer.corpus import read_corpus
 from apt_model.trainer.data import load_or_train_tokenizer, make_data
 from apt_model.trainer.gradients import GradientReport, GradientTreatment
-from apt_model.trainer.metrics import read_metrics
 from apt_model.trainer.trainer import Trainer
-from apt_model.trainer.watch import Watch
+from apt_model.trainer.watch import Step, Watch
 
 Options = Mapping[str, Any]
 Probe = Callable[[Options], Any]
@@ -46,7 +46,7 @@ class Effect(NamedTuple):
 
     other: Any
     probe: Probe
-    base: Options = {}
+    base: Options = MappingProxyType({})
 
     def value(self) -> Any:
         """The other value."""
@@ -152,6 +152,11 @@ def continuation(options: Options) -> Any:
     return build(**options).generate(tokens(1, 5), max_new_tokens=8, causal=True).tolist()
 
 
+def second_token() -> int:
+    """The second of them, as an id that can end it."""
+    return continuation(SHAPE)[0][6]
+
+
 # --- generation
 
 
@@ -185,7 +190,7 @@ def _split(options: Options) -> Any:
 
 def names(options: Options) -> Any:
     """Names of the texts or pairs, on either side; the standard library is the folder `library`."""
-    with mock.patch.object(sysconfig, "get_paths", lambda: {"stdlib": library()}):
+    with mock.patch.object(sysconfig, "get_paths", return_value={"stdlib": library()}):
         return _split(options)
 
 
@@ -205,7 +210,7 @@ class Run(NamedTuple):
     """What a run leaves."""
 
     files: tuple[str, ...]
-    rows: tuple[tuple[tuple[str, float], ...], ...]
+    rows: list[dict[str, float]]
     weights: str
 
 
@@ -233,10 +238,7 @@ def _run(options: Options) -> Run:
             trainer.run()
             files = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_dir()))
             files += tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")))
-            rows = read_metrics(trainer.root)
-        timed = ("tokens_per_s", "memory_bytes")
-        kept = tuple(tuple((name, row[name]) for name in row if name not in timed) for row in rows)
-        RUNS[key] = Run(files, kept, digest(*trainer.model.parameters()))
+            RUNS[key] = Run(files, figures(trainer.root), digest(*trainer.model.parameters()))
     return RUNS[key]
 
 
@@ -246,7 +248,7 @@ def weights(options: Options) -> str:
 
 
 def rows(options: Options) -> Any:
-    """The rows of metrics.jsonl, but for times and memory."""
+    """The rows of metrics.jsonl."""
     return _run(options).rows
 
 
@@ -331,7 +333,7 @@ def steps_uphill(options: Options) -> int:
     watch = Watch(TrainConfig(**options))
     report = GradientReport(torch.tensor(1.0), torch.tensor(0.0))
     for step in range(300):
-        watch.add((torch.tensor(1.0 if step == 0 else 2.0), report))
+        watch.add(Step(torch.tensor(1.0 if step == 0 else 2.0), report, tokens=1))
         try:
             watch.check()
         except AptError:
@@ -384,23 +386,21 @@ def treated(options: Options) -> str:
 
 
 def under_policy(options: Options) -> Any:
-    """Type of a new model's output and layers computed in a step, on machines with and without bf16 and memory.
+    """What a new model does on machines with and without bf16 and memory; without options there is no policy."""
+    return [_on_machine(options, machine) for machine in ((True, 2**40), (False, 2**40), (False, 0))]
 
-    Without options there is no policy.
-    """
-    found = []
-    for native_bf16, memory in ((True, 2**40), (False, 2**40), (False, 0)):
-        with mock.patch.object(model_module, "_machine", lambda machine=(native_bf16, memory): {"cpu": machine}):
-            set_policy(Policy(**options) if options else None)
-            try:
-                model = build(decoder_only=True)
-            finally:
-                set_policy(None)
-            output: list[torch.dtype] = []
-            model.lm_head.register_forward_hook(lambda *_: output.append(_[2].dtype))
-            count = _count_layers(model, lambda: _forward(model).float().sum().backward())
-            found.append((str(output[0]), count))
-    return found
+
+def _on_machine(options: Options, machine: tuple[bool, int]) -> Any:
+    """Type of the output, and layers computed in a step, where bf16 is native or not and so many bytes are free."""
+    set_policy(Policy(**options) if options else None)
+    try:
+        with mock.patch.object(model_module, "_machine", return_value={"cpu": machine}):
+            model = build(decoder_only=True)
+    finally:
+        set_policy(None)
+    types: list[str] = []
+    model.lm_head.register_forward_hook(lambda *call: types.append(str(call[-1].dtype)))
+    return _count_layers(model, lambda: _forward(model).float().sum().backward()), types
 
 
 # --- the table
@@ -441,7 +441,7 @@ EFFECTS: dict[type, dict[str, list[Effect]]] = {
         "tie_word_embeddings": [Effect(True, shapes), Effect(True, logits)],
         "pad_token_id": [Effect(5, logits)],
         "bos_token_id": [Effect(7, translation)],
-        "eos_token_id": [Effect(7, continuation)],
+        "eos_token_id": [Effect(second_token, continuation)],
         "use_autopoietic": [Effect(False, logits)],
         "sr_ratio": [Effect(2.0, shapes)],
         "autopoietic_alpha": [Effect(0.2, logits)],

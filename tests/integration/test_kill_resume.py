@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from killed_run import EVERY, STEPS, settings
-from micro import tensors_of, write_texts
+from micro import figures, tensors_of, write_texts
 from safetensors import SafetensorError
 
 from apt_model.core.errors import CheckpointError, InterruptedRun
@@ -65,11 +65,6 @@ def run(out, source, how, *kill):
     process = start(out, source, how, *kill)
     process.out, process.err = process.communicate(timeout=120)
     return process
-
-
-def figures(out):
-    timed = ("tokens_per_s", "memory_bytes")
-    return [{name: value for name, value in row.items() if name not in timed} for row in read_metrics(out)]
 
 
 def assert_equal_runs(out, whole):

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from micro import tensors_of, train_config, write_pairs, write_texts
+from micro import figures, tensors_of, train_config, write_pairs, write_texts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from apt_model.core.errors import CheckpointError, ConfigError
@@ -76,11 +76,6 @@ def settings(out, source, **changes):
 
 def final_files(out):
     return tensors_of(step_folder(out, 8))
-
-
-def figures(out):
-    timed = ("tokens_per_s", "memory_bytes")
-    return [{name: value for name, value in row.items() if name not in timed} for row in read_metrics(out)]
 
 
 def test_the_two_tables_name_every_option_of_a_run():

@@ -69,7 +69,7 @@ def heldout(out):
 def stepped(config):
     """A trainer that took all steps of `config` and wrote nothing, with each step's loss."""
     trainer = Trainer(config)
-    return trainer, [float(trainer.train_step(step)[0]) for step in range(config.steps)]
+    return trainer, [float(trainer.train_step(step).loss) for step in range(config.steps)]
 
 
 def weights(trainer):
@@ -165,10 +165,13 @@ def test_rows(finished):
     assert [step for step, _ in heldout(out)] == [20, 40, 60]
     assert rows == sorted(rows, key=lambda row: row["step"])
     for row in training:
-        assert set(row) == {"step", "loss", "grad_norm", "skipped", "lr", "tokens_per_s", "memory_bytes"}
+        timed = {"tokens", "seconds", "tokens_per_s", "memory_bytes"}
+        assert set(row) == {"step", "loss", "grad_norm", "skipped", "lr", *timed}
         assert row["lr"] == learning_rate(config.optimizer, row["step"] - 1, 60)
         assert row["skipped"] == 0
-        assert min(row["grad_norm"], row["tokens_per_s"], row["memory_bytes"]) > 0
+        assert min(row["grad_norm"], row["seconds"], row["memory_bytes"]) > 0
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
+    assert [row["tokens"] for row in training] == [7 * 4 * 16] * 8 + [4 * 4 * 16]
     assert result.skipped_steps == 0
     assert result.tokens_per_s == pytest.approx(60 * 4 * 16 / result.seconds)
     assert result.peak_memory_bytes > 0
@@ -206,7 +209,7 @@ def test_figures_that_are_not_finite_are_null_and_leave_a_gap_in_the_curve(tmp_p
 def test_tensorboard_holds_the_same_figures(finished):
     out, _, _ = finished
     events = EventAccumulator(str(out / "tensorboard")).Reload()
-    names = {"loss", "grad_norm", "skipped", "lr", "tokens_per_s", "memory_bytes", "bits_per_byte"}
+    names = {name for row in read_metrics(out) for name in row} - {"step"}
     assert set(events.Tags()["scalars"]) == names
     for name in names:
         expected = [(row["step"], row[name]) for row in read_metrics(out) if name in row]
@@ -307,7 +310,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path, texts):
     trainer = Trainer(train_config(tmp_path / "out", texts, precision="bf16"))
     seen = []
     trainer.model.decoder_layers[0].register_forward_hook(lambda _, __, output: seen.append(output[0].dtype))
-    half_losses = [float(trainer.train_step(step)[0]) for step in range(4)]
+    half_losses = [float(trainer.train_step(step).loss) for step in range(4)]
     assert set(seen) == {torch.bfloat16}
     assert weights(trainer).dtype == weights(full).dtype == torch.float32
     assert half_losses != full_losses
