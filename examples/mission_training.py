@@ -48,7 +48,8 @@ def main() -> int:
     torch.manual_seed(0)
     begin = time.monotonic()
     corpus = read_corpus(DataConfig(source=str(Path(asyncio.__file__).parent), task="seq2seq", holdout=0.1))
-    tokenizer = Tokenizer.train((text for pair in corpus.train for text in (pair.source, pair.target)), 512)
+    train, heldout = ([item for item in side if isinstance(item, Pair)] for side in (corpus.train, corpus.heldout))
+    tokenizer = Tokenizer.train((text for pair in train for text in (pair.source, pair.target)), 512)
 
     # One line enables what this machine offers: models built from here on follow it.
     vb.enable_balanced_mode(verbose=True)
@@ -74,7 +75,7 @@ def main() -> int:
     model = APTModel(config)
     device = get_device()
     model = model.to(device)
-    batches = make_batches(corpus.train, tokenizer, device)
+    batches = make_batches(train, tokenizer, device)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     criterion = torch.nn.CrossEntropyLoss()
@@ -89,10 +90,10 @@ def main() -> int:
 
     figures = [float(loss) for loss in losses]
     first, last = sum(figures[:10]) / 10, sum(figures[-10:]) / 10
-    print(f"{model.num_parameters():,} parameters, {len(corpus.train)} pairs, {time.monotonic() - begin:.1f} s")
+    print(f"{model.num_parameters():,} parameters, {len(train)} pairs, {time.monotonic() - begin:.1f} s")
     print(f"loss of the first ten steps, nats a token: {first:.3f}")
     print(f"loss of the last ten steps, nats a token: {last:.3f}")
-    for pair in corpus.heldout[:3]:
+    for pair in heldout[:3]:
         source = torch.tensor([tokenizer.encode(pair.source)[:SOURCE]], device=device)
         written = tokenizer.decode(model.generate(source, max_new_tokens=TARGET)[0].tolist())
         print(f"{pair.name}\n  docstring  {pair.target}\n  model      {written}")

@@ -326,7 +326,7 @@ def test_auto_precision_is_what_the_device_multiplies_natively(tmp_path, texts, 
         assert Trainer(train_config(tmp_path / "out", texts, precision="fp32")).bf16 is False
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, on loading inductor
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own, on loading inductor
 def test_compiled_steps_are_the_same_to_rounding(tmp_path, texts):
     options = {"steps": 2, "model": {"num_decoder_layers": 1}, "optimizer": {"eps": 1.0, "lr": 1.0}}
     plain, plain_losses = stepped(train_config(tmp_path / "out", texts, **options))
