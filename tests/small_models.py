@@ -25,6 +25,9 @@ VARIANTS = {
     "full-gradient": {"left_spin_detach": False, "left_spin_beta": 1.0, "norm_position": "post"},
 }
 
+# Three ways to use a model: a causal one, the decoder of an encoder-decoder alone, and source to target.
+USES = ("causal", "decoder alone", "seq2seq")
+
 
 def build(seed=0, *, started=True, **options):
     """A model drawn from `seed`; `started` gives the parameters that begin at zero or one other values too."""
@@ -37,7 +40,7 @@ def build(seed=0, *, started=True, **options):
                     parameter.add_(0.3 * noise(*parameter.shape, seed=len(name)))
                 elif name.endswith("in_proj.weight") and options.get("use_autopoietic", True):
                     unused = model.get_submodule(name.rpartition(".in_proj")[0]).padding_rows
-                    parameter[-unused - model.config.num_heads :].normal_(0, 0.3)
+                    parameter[-unused - model.config.num_heads : len(parameter) - unused].normal_(0, 0.3)
     return model
 
 
@@ -51,3 +54,14 @@ def tokens(*shape, seed=0, low=0, high=VOCAB):
 
 def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def model_for(use, variant="design", **options):
+    return build(decoder_only=use == "causal", **{**VARIANTS[variant], **options})
+
+
+SOURCE = tokens(3, 7, seed=1)
+
+
+def call(model, use, ids, source=SOURCE, **masks):
+    return model(source[: len(ids)], ids, **masks) if use == "seq2seq" else model(ids, **masks)

@@ -241,7 +241,7 @@ class APTModel(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> "APTModel":
-        """Read what `save_pretrained` wrote.
+        """Read what `save_pretrained` wrote; the model comes back in evaluation mode.
 
         Raises `CheckpointError` when a file is missing, truncated, or does not fit the configuration.
         """

@@ -40,7 +40,7 @@ def load_model(
     model.rotary.fill(model.embedding.weight.device)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    return model.to(device=device, dtype=dtype)
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

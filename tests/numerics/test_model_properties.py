@@ -5,32 +5,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import SHAPE, VARIANTS, VOCAB, build, gradients, tokens
+from small_models import SHAPE, SOURCE, USES, VARIANTS, VOCAB, build, call, gradients, model_for, tokens
 from tolerances import assert_close
 from torch import nn
 
-from apt_model.core.policy import Policy, set_policy
-from apt_model.core.system import get_device_manager
 from apt_model.layers.left_spin import LeftSpinResidual
-from apt_model.layers.norm import RMSNorm
-from apt_model.layers.rope import RotaryTable, rotate
-from apt_model.modeling import apt_model
 from apt_model.modeling.apt_model import APTModel
-from apt_model.modeling.blocks import DecoderLayer, activation_bytes
 
-# Three ways to use a model: a causal one, the decoder of an encoder-decoder alone, and source to target.
-USES = ("causal", "decoder alone", "seq2seq")
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 each_use = pytest.mark.parametrize("use", USES)
-SOURCE = tokens(3, 7, seed=1)
-
-
-def model_for(use, variant="design", **options):
-    return build(decoder_only=use == "causal", **{**VARIANTS[variant], **options})
-
-
-def call(model, use, ids, source=SOURCE, **masks):
-    return model(source[: len(ids)], ids, **masks) if use == "seq2seq" else model(ids, **masks)
 
 
 def mask_name(use):
@@ -39,81 +22,6 @@ def mask_name(use):
 
 def other(ids):
     return (ids + 1 + tokens(*ids.shape, seed=7, high=VOCAB - 1)) % VOCAB
-
-
-# The model is its description, written out again.
-
-
-def attend(body, x, memory, *, causal):
-    """Plain attention with its matrix of probabilities; `memory` None for the input itself."""
-    heads = lambda y: y.unflatten(-1, (body.num_heads, -1))  # noqa: E731
-    if memory is None:
-        query, key, value = (heads(y) for y in (x @ body.in_proj.weight[: 3 * x.shape[-1]].T).chunk(3, dim=-1))
-        turn = RotaryTable(x.shape[1], body.head_dim, 10000.0)(0, x.shape[1])
-        query, key = rotate(query, turn), rotate(key, turn)
-    else:
-        query = heads(x @ body.in_proj.weight[: x.shape[-1]].T)
-        key, value = (heads(y) for y in (memory @ body.memory_proj.weight.T).chunk(2, dim=-1))
-    score = torch.einsum("bthd,bshd->bhts", query, key) * body.head_dim**-0.5
-    if causal:
-        score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-    out = torch.einsum("bhts,bshd->bthd", score.softmax(dim=-1), value).flatten(2)
-    return out @ body.out_proj.weight.T
-
-
-def feed(body, x, activation):
-    hidden = x @ body.up_proj.weight.T
-    if activation == "swiglu":
-        gate, value = hidden.chunk(2, dim=-1)
-        hidden = gate * torch.sigmoid(gate) * value
-    else:
-        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
-    return hidden @ body.down_proj.weight.T
-
-
-def stack(model, ids, layers, memory=None, *, causal):
-    pre, u = model.config.norm_position == "pre", model.embedding.weight[ids]
-
-    def normed(norm, x):
-        return x / (x.square().mean(dim=-1, keepdim=True) + model.config.norm_eps).sqrt() * norm.weight
-
-    def step(sublayer, function, u):
-        if pre:
-            return u + function(sublayer.body, normed(sublayer.norm, u))
-        return normed(sublayer.norm, u + function(sublayer.body, u))
-
-    for layer in layers:
-        u = step(layer.attention, lambda body, x: attend(body, x, None, causal=causal), u)
-        if memory is not None:
-            u = step(layer.cross_attention, lambda body, x: attend(body, x, memory, causal=False), u)
-        u = step(layer.feed_forward, lambda body, x: feed(body, x, model.config.activation), u)
-    final = model.decoder_norm if causal else model.encoder_norm
-    return normed(final, u) if pre else u
-
-
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("tied", [False, True])
-@each_use
-@torch.no_grad()
-def test_the_plain_model_is_its_description(use, tied, activation, norm_position):
-    options = {"activation": activation, "norm_position": norm_position, "tie_word_embeddings": tied}
-    model, ids = model_for(use, "plain", **options).double(), tokens(3, 9)
-    memory = stack(model, SOURCE, model.encoder_layers, causal=False) if use == "seq2seq" else None
-    u = stack(model, ids, model.decoder_layers, memory, causal=True)
-    logits = u @ model.embedding.weight.T / SHAPE["d_model"] ** 0.5 if tied else u @ model.lm_head.weight.T
-    assert_close("whole_model_fp64", call(model, use, ids), logits)
-
-
-def test_every_matrix_is_drawn_for_itself_with_the_variance_of_its_inputs():
-    model = build(started=False, d_model=64, d_ff=256, num_heads=4)
-    assert float(model.embedding.weight.detach().std()) == pytest.approx(1, rel=0.1)
-    drawn = {name: p.detach() for name, p in model.hidden_matrices() if "self_value" not in name}
-    for name, weight in drawn.items():
-        rows = weight[: 64 if "cross" in name else 192] if name.endswith("in_proj.weight") else weight
-        assert float(rows.std()) == pytest.approx(weight.shape[1] ** -0.5, rel=0.1), name
-    first_values = [float(weight[0, 0]) for weight in drawn.values()]
-    assert len(set(first_values)) == len(drawn)
 
 
 # A token sees what comes before it, in its own row, and nothing else.
@@ -404,159 +312,6 @@ def test_traced_whole_it_is_the_same_function(use):
 @inductor_import
 def test_compiled_it_is_the_same_function():
     compiled_agrees(model_for("causal", num_decoder_layers=1), "causal", backend="inductor", backward=False)
-
-
-# The process's policy.
-
-
-@pytest.fixture
-def policy():
-    def enable(**options):
-        made = Policy(mode="balanced", **options)
-        set_policy(made)
-        return made
-
-    yield enable
-    set_policy(None)
-
-
-@each_variant
-@each_use
-def test_bf16_by_policy_is_autocast_with_a_bf16_stream(use, variant, policy):
-    policy(precision="bf16")
-    model, ids, streams = model_for(use, variant), tokens(3, 9), set()
-    for layer in model.decoder_layers:
-        layer.register_forward_hook(lambda _, inputs, __: streams.add(inputs[0].dtype))
-    logits = call(model, use, ids)
-    logits.float().square().mean().backward()
-    assert logits.dtype == torch.bfloat16
-    assert streams == {torch.bfloat16}
-    assert {gradient.dtype for gradient in gradients(model).values() if gradient is not None} == {torch.float32}
-    model.apply_policy(None)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(call(model, use, ids), logits)
-    fp32 = call(model, use, ids)
-    assert fp32.dtype == torch.float32
-    assert float((logits - fp32).detach().norm() / fp32.detach().norm()) < 0.05
-
-
-@pytest.mark.parametrize("precision", ["fp32", "auto"])
-def test_the_policy_resolves_to_what_the_device_computes_in(precision, policy):
-    made = policy(precision=precision)
-    native = get_device_manager("cpu").supports_bf16()
-    wanted = torch.bfloat16 if made.resolve_precision(native_bf16=native) == "bf16" else torch.float32
-    assert build()(tokens(2, 5)).dtype == wanted
-    assert (wanted == torch.float32) or (precision == "auto" and native)
-
-
-def test_an_autocast_of_the_callers_goes_first(policy):
-    policy(precision="fp32")
-    model = build()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(tokens(2, 5)).dtype == torch.bfloat16
-
-
-def test_a_policy_holds_for_models_built_under_it(policy):
-    before = build()
-    made = policy(precision="bf16")
-    assert before(tokens(2, 5)).dtype == torch.float32
-    before.apply_policy(made)
-    assert before(tokens(2, 5)).dtype == torch.bfloat16
-
-
-def test_generation_follows_the_policy(policy):
-    policy(precision="bf16")
-    model = model_for("causal")
-    types = set()
-    model.lm_head.register_forward_hook(lambda _, __, output: types.add(output.dtype))
-    cached, plain = (model.generate(tokens(2, 4), max_new_tokens=6, use_cache=flag) for flag in (True, False))
-    assert types == {torch.bfloat16}
-    assert cached.shape == plain.shape == (2, 10)
-
-
-@pytest.mark.parametrize(
-    ("setting", "memory", "recomputed"), [("on", 0, 1), ("off", 0, 0), ("auto", 1, 1), ("auto", 2**40, 0)]
-)
-def test_the_policy_decides_about_recomputing(setting, memory, recomputed, policy, monkeypatch):
-    if setting == "auto":
-        monkeypatch.setattr(apt_model, "_machine", lambda: {"cpu": (False, memory)})
-    policy(activation_checkpointing=setting, precision="fp32")
-    model, calls = model_for("causal"), []
-    monkeypatch.setattr(
-        DecoderLayer, "forward", lambda *inputs, inner=DecoderLayer.forward: (calls.append(1), inner(*inputs))[1]
-    )
-    model.train()(tokens(2, 5)).sum().backward()
-    assert len(calls) == SHAPE["num_decoder_layers"] * (1 + recomputed)
-    calls.clear()
-    model.eval()(tokens(2, 5)).sum().backward()
-    assert len(calls) == SHAPE["num_decoder_layers"]
-
-
-# The estimate that decision rests on.
-
-
-class FusedNorm(torch.autograd.Function):
-    """RMSNorm that keeps what an accelerator's kernel keeps, where a CPU's keeps a normalised copy too."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        scale = x.float().square().mean(dim=-1, keepdim=True).add(eps).rsqrt()
-        ctx.save_for_backward(x, scale, weight)
-        return (x.float() * scale).to(x.dtype) * weight
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError
-
-
-def bytes_saved(model, use, ids, source):
-    """Bytes of the unique storages that the layers keep for backward, without parameters and their casts."""
-    skip = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    weights = {tuple(shape) for p in model.parameters() for shape in (p.shape, reversed(p.shape))}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in skip and tuple(tensor.shape) not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
-        return tensor
-
-    with pytest.MonkeyPatch.context() as patch:
-        for layer in [*model.decoder_layers, *getattr(model, "encoder_layers", [])]:
-
-            def forward(*inputs, inner=layer.forward):
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                    return inner(*inputs)
-
-            patch.setattr(layer, "forward", forward)
-        patch.setattr(RMSNorm, "forward", lambda self, x: FusedNorm.apply(x, self.weight.to(x.dtype), self.eps))
-        call(model, use, ids, source)
-    return sum(size for size, _ in kept.values())
-
-
-MEMORY_CASES = {
-    **VARIANTS,
-    "dropout": {"dropout": 0.1},
-    "high-rank": {"sr_ratio": 1.0},
-    "full-gradient-trust": {"left_spin_mode": "trust", "left_spin_detach": False},
-    "full-gradient-guard": {"left_spin_mode": "guard", "left_spin_tau": 0.1, "left_spin_detach": False},
-}
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("options", MEMORY_CASES.values(), ids=MEMORY_CASES)
-@each_use
-def test_the_estimate_of_activations_is_what_autograd_keeps(use, options, precision, policy):
-    policy(precision=precision, activation_checkpointing="off")
-    model = build(decoder_only=use == "causal", **{**SHAPE, "d_model": 64, "d_ff": 256, "max_seq_len": 120, **options})
-    ids, source = tokens(8, 120), tokens(8, 120, seed=1)
-    size = {"fp32": 4, "bf16": 2}[precision]
-    stacks = [use == "seq2seq", False] if use == "seq2seq" else [False]
-    estimate = sum(
-        activation_bytes(model.config, tokens=ids.numel(), num_layers=2, cross=cross, itemsize=size) for cross in stacks
-    )
-    saved = bytes_saved(model.train(), use, ids, source)
-    assert 0.75 * saved < estimate < 1.25 * saved, f"{estimate / saved:.2f} of what is kept"
 
 
 # What the model refuses is named in tests/unit; here, that it stays a module like any other.
