@@ -21,11 +21,12 @@ CONFIG_FILE, TOKENIZER_FILE, EVAL_FILE = "train.json", "tokenizer.json", "eval.j
 _CHECKPOINTS = "checkpoints"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _WHAT_IS_TAKEN = "give a run (the --out of apt-model train), one of its step folders, or what save_pretrained wrote"
-# What may differ between a run and its resumption: none of it enters the arithmetic.
+# What may differ between a run and its resumption: none of it enters the arithmetic (a layer that is recomputed gives
+# the same gradients bit for bit).
 _FREE_TO_CHANGE = frozenset(
     {
         "out", "resume", "device", "log_every", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints",
-        "tensorboard", "plot",
+        "tensorboard", "plot", "activation_checkpointing", "max_skipped", "divergence_margin",
     }
 )  # fmt: skip
 

@@ -24,9 +24,6 @@ REFUSED = {
     "seed": {"seed": 1},
     "precision": {"precision": "bf16"},
     "compile": {"compile": True},
-    "activation_checkpointing": {"activation_checkpointing": True},
-    "max_skipped": {"max_skipped": 11},
-    "divergence_margin": {"divergence_margin": 1.25},
     "model.dropout": {"model": {"dropout": 0.1}},
     "model.use_left_spin": {"model": {"use_left_spin": False}},
     "model.d_model": {"model": {"d_model": 64}},
@@ -38,6 +35,9 @@ REFUSED = {
     "gradient.rank_ratio": {"gradient": {"rank_ratio": 0.5}},
 }
 ALLOWED = {
+    "activation_checkpointing": {"activation_checkpointing": True},
+    "max_skipped": {"max_skipped": 11},
+    "divergence_margin": {"divergence_margin": 1.25},
     "device": {"device": "auto"},
     "log_every": {"log_every": 3},
     "eval_every": {"eval_every": 1},
