@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt_model.core.system.device import Device
 from apt_model.modeling.apt_model import APTModel
 from apt_model.trainer.data import IGNORED, Batch, TokenData
 
@@ -34,6 +35,16 @@ class Evaluation(NamedTuple):
 def token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Sum over the labelled positions of -log p(label), fp32, a scalar."""
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def in_bf16(precision: str, manager: Device) -> bool:
+    """Whether a run's `precision` is bf16 on this device; 'auto' follows what the device multiplies natively."""
+    return precision == "bf16" or (precision == "auto" and manager.supports_bf16())
+
+
+def autocast(device: torch.device, *, bf16: bool) -> contextlib.AbstractContextManager[Any]:
+    """The context that a model runs in: bf16 autocast, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 def count_targets(batch: Batch) -> int:

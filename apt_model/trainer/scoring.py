@@ -1,7 +1,7 @@
 """How a finished run does on all of its held-out text, beside compressors and beside its plain twin."""
 
-import contextlib
 import dataclasses
+import functools
 import json
 import shlex
 import time
@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from apt_model.core.errors import CheckpointError, ConfigError
 from apt_model.core.system import get_device_manager
@@ -21,7 +19,7 @@ from apt_model.trainer.baselines import compressed_bits_per_byte
 from apt_model.trainer.checkpoint import STATE, verify
 from apt_model.trainer.corpus import Document, read_corpus
 from apt_model.trainer.data import make_data
-from apt_model.trainer.evaluation import evaluate
+from apt_model.trainer.evaluation import autocast, evaluate, in_bf16
 from apt_model.trainer.metrics import read_metrics
 from apt_model.trainer.progress import Progress, Silent
 from apt_model.trainer.runs import (
@@ -91,13 +89,14 @@ class Scorer:
         """Score all held-out text, or `max_tokens` spread over it, in the run's own precision."""
         model = APTModel.from_pretrained(saved.folder, device=self.manager.device)
         model.apply_policy(None)  # the run's configuration, not the process's policy, decides
+        bf16 = in_bf16(self.config.precision, self.manager)
         begin = time.monotonic()
         found = evaluate(
             model,
             self.data,
             batch_size=batch_size or self.config.batch_size,
             max_tokens=max_tokens,
-            autocast=self._autocast,
+            autocast=functools.partial(autocast, self.manager.device, bf16=bf16),
             on_batch=self._reporter(min(max_tokens or self.data.heldout_tokens, self.data.heldout_tokens)),
         )
         seconds = time.monotonic() - begin
@@ -168,12 +167,6 @@ class Scorer:
                 "is held out may not be what was",
                 remedy="restore the text; the source 'stdlib' is the library of the Python that runs",
             )
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        precision = self.config.precision
-        if precision == "bf16" or (precision == "auto" and self.manager.supports_bf16()):
-            return torch.autocast(self.manager.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
 
     def _reporter(self, total: int) -> Callable[[int], None]:
         self.progress.phase(f"scoring {total:,} tokens")

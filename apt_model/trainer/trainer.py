@@ -26,7 +26,7 @@ from apt_model.trainer.checkpoint import load_checkpoint, save_checkpoint
 from apt_model.trainer.config import TrainConfig
 from apt_model.trainer.corpus import Corpus, read_corpus
 from apt_model.trainer.data import TokenData, load_or_train_tokenizer, make_data
-from apt_model.trainer.evaluation import Evaluation, count_targets, evaluate, to_device, token_nats
+from apt_model.trainer.evaluation import Evaluation, autocast, count_targets, evaluate, in_bf16, to_device, token_nats
 from apt_model.trainer.gradients import GradientTreatment, untreated
 from apt_model.trainer.metrics import can_write_events, open_sinks
 from apt_model.trainer.optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -77,7 +77,7 @@ class Trainer:
         self._check_extras()
         self.manager = get_device_manager(config.device)
         self.device = self.manager.device
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.manager.supports_bf16())
+        self.bf16 = in_bf16(config.precision, self.manager)
         self.data = self._load_data()
         self.model = self._build_model()
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -221,9 +221,7 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the run: bf16 autocast, or nothing."""
-        if not self.bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return autocast(self.device, bf16=self.bf16)
 
     def save(self) -> Path:
         """Write a checkpoint of the steps done so far."""
