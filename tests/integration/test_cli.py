@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro import write_pairs, write_texts
 
 from apt_model import __version__
 from apt_model.cli import main as cli
@@ -61,16 +60,6 @@ def call(capfd):
         return told
 
     return run
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "folder")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
 def _train(out, source, options):

@@ -6,18 +6,13 @@ import shutil
 
 import pytest
 import torch
-from micro import tensors_of, train_config, write_texts
+from micro import tensors_of, train_config
 
 from apt_model.core.errors import DivergenceError
 from apt_model.modeling.apt_model import APTModel
 from apt_model.trainer.metrics import read_metrics
 from apt_model.trainer.runs import step_folder, steps_saved
 from apt_model.trainer.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "folder")
 
 
 def poison(trainer, steps):

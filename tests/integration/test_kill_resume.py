@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from killed_run import EVERY, STEPS, settings
-from micro import figures, tensors_of, write_texts
+from micro import figures, tensors_of
 from safetensors import SafetensorError
 
 from apt_model.core.errors import CheckpointError, InterruptedRun
@@ -29,11 +29,6 @@ from apt_model.trainer.trainer import Trainer
 
 HERE = Path(__file__).parent
 DRAW = random.Random(20)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "folder")
 
 
 @pytest.fixture(scope="module")

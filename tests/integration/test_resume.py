@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from micro import figures, tensors_of, train_config, write_pairs, write_texts
+from micro import figures, tensors_of, train_config, write_pairs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from apt_model.core.errors import CheckpointError, ConfigError
@@ -47,11 +47,6 @@ ALLOWED = {
     "tensorboard": {"tensorboard": "on"},
     "plot": {"plot": "on"},
 }
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "folder")
 
 
 @pytest.fixture(scope="module")

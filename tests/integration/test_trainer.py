@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from micro import tensors_of, train_config, write_pairs, write_texts
+from micro import tensors_of, train_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tolerances import TOLERANCES
 
@@ -28,16 +28,6 @@ from apt_model.trainer.plot import draw_curve
 from apt_model.trainer.progress import PlainLines
 from apt_model.trainer.runs import saved_config, step_folder, steps_saved
 from apt_model.trainer.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "folder")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
 @pytest.fixture(scope="module")
