@@ -10,6 +10,12 @@ import pytest
 # Before torch is loaded, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import torch
+
+# Without a GPU kernels run in Triton's interpreter. Read when a kernel is defined, so set before any is.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 

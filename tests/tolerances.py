@@ -20,6 +20,7 @@ TOLERANCES = {
     ),
     "definition_fp32": Tolerance(1e-6, 1e-6, "fp32 arithmetic on values near 1: a few of its 6e-8 roundings"),
     "one_rounding_bf16": Tolerance(2**-8, 1e-6, "one rounding to bf16's 8 bits, at most half of 2^-7 of the value"),
+    "one_truncation_bf16": Tolerance(2**-7, 1e-6, "bits beyond bf16's 8 cut off, at most 2^-7 of the value"),
     "scale_equivariance": Tolerance(
         1e-6, 1e-5, "eps is absolute: 1e-6 beside a mean square of 1; steps are a few times that"
     ),
