@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import os
 import platform
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,21 @@ def gpu_seconds(call: Any, *, repeat: int, warm_up: int = 3) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / repeat
+
+
+def graph_seconds(call: Any, *, repeat: int = 20, rounds: int = 5) -> float:
+    """Median GPU time of `call` from replays of a CUDA graph that holds it `repeat` times: no launch from the host."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeat):
+            call()
+    return statistics.median(gpu_seconds(graph.replay, repeat=3, warm_up=1) for _ in range(rounds)) / repeat
 
 
 def write(name: str, rows: list[dict[str, Any]], *, folder: Path | None = None) -> Path:

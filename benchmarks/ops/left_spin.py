@@ -4,7 +4,8 @@
 
 The training shape of the mission (32 x 512 positions of 768), an fp32 stream and a bf16 step as under autocast. The
 fused result is compared with the definition's in the same run. Bytes are what must move: operands read once, results
-written once.
+written once. GPU time, by
+replays of a CUDA graph.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def main() -> None:
             return torch.autograd.grad(function(), inputs, upstream)
 
         results[name] = (function().detach(), both()[1])
-        forward, step = (record.gpu_seconds(run, repeat=50, warm_up=5) for run in (function, both))
+        forward, step = (record.graph_seconds(run) for run in (function, both))
         moved = rows * row_bytes / step
         table.append(
             {"arm": name, "forward_us": 1e6 * forward, "forward_backward_us": 1e6 * step, "bytes_per_s": moved}
@@ -68,7 +69,7 @@ def main() -> None:
         print(f"{name:20s} forward {1e6 * forward:7.1f} us, both {1e6 * step:7.1f} us, {moved / 1e12:.2f} TB/s")
     for form in ("design", "trust", "guard"):
         for got, expected in zip(results[f"{form}, fused"], results[f"{form}, definition"], strict=True):
-            torch.testing.assert_close(got.float(), expected.float(), rtol=2**-8, atol=1e-5)
+            torch.testing.assert_close(got.float(), expected.float(), rtol=2**-7, atol=1e-5)  # a bf16's last place
     print(record.write("left_spin", table, folder=options.out))
 
 

@@ -24,6 +24,7 @@ def inputs_for(use):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's imports
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # fp32 is what is compared here
 @pytest.mark.parametrize("use", ["causal", "seq2seq"])
 def test_compiled_it_is_the_same_function(use):
     model, results = build(decoder_only=use == "causal", num_encoder_layers=1, num_decoder_layers=1).cuda(), []

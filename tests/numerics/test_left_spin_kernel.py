@@ -140,6 +140,7 @@ def test_operands_need_not_lie_in_order():
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: without one the definition is used")
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 def test_on_a_gpu_a_step_is_one_launch_and_so_is_its_gradient():
     u, delta, scale, before, phi, upstream = operands(256)
     delta.requires_grad_()
