@@ -34,6 +34,17 @@ TOLERANCES = {
     "memory_per_doubling": Tolerance(
         2.3, 0.0, "twice the positions hold twice the memory; a seventh more for workspaces"
     ),
+    "fp4_choice_of_scale": Tolerance(
+        1e-5, 0.0, "fp32 sums of at most 32 squares: two scales whose errors are this near may be ordered either way"
+    ),
+    "fp4_nvfp4_gaussian": Tolerance(0.0067, 0.0, "goal: squared error beside the weight's own; .0066 at 2M samples"),
+    "fp4_nvfp4_laplace": Tolerance(0.0069, 0.0, "goal: squared error beside the weight's own; .0068 at 2M samples"),
+    "fp4_mxfp4_gaussian": Tolerance(0.0126, 0.0, "goal: squared error beside the weight's own; .0125 at 2M samples"),
+    "fp4_mxfp4_laplace": Tolerance(0.0152, 0.0, "goal: squared error beside the weight's own; .0151 at 2M samples"),
+    "fp4_search_gaussian": Tolerance(0.75, 0.0, "goal: a quarter less squared error than round-to-nearest"),
+    "fp4_search_laplace": Tolerance(0.81, 0.0, "heavy tails gain less: a fifth, by the published table as well"),
+    "fp4_nvfp4_importance": Tolerance(0.95, 0.0, "weighted error beside that of an unweighted search: less"),
+    "fp4_mxfp4_importance": Tolerance(0.99, 0.0, "two scales to choose from instead of nine: less to gain"),
     "accumulation": Tolerance(1e-4, 1e-6, "fp32 gradients summed over micro-batches instead of in one product"),
 }
 

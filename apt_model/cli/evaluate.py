@@ -13,6 +13,7 @@ import tyro
 from apt_model.cli import output
 from apt_model.cli.options import GlobalOptions, parse
 from apt_model.core.files import write_text
+from apt_model.core.fp4_storage import format_of
 from apt_model.core.options import require
 from apt_model.trainer.runs import EVAL_FILE, SavedModel, find_model
 
@@ -23,11 +24,11 @@ _COMPRESSORS = (("gzip", "gzip -9"), ("xz", "xz -9e"))
 class Options(GlobalOptions):
     """Score the text that a run held out, in bits per byte: the information that the model needs for each byte.
 
-    The result is also written to eval.json in the run's folder.
+    The result is also written to eval.json in the run's folder, or in the quantised one.
     """
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
-    """A run, or one of its step folders."""
+    """A run, one of its step folders, or what apt-model quantize made of one: then both are scored."""
     max_tokens: int | None = None
     """Held-out tokens to score at most, spread over the whole; None scores them all."""
     compare: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -49,7 +50,8 @@ def run(args: Sequence[str]) -> None:
     options = parse(Options, args, "eval")
     saved = find_model(Path(options.path))
     found = _score(saved, options)
-    write_text((saved.run or saved.folder) / EVAL_FILE, output.as_json(found, indent=2))
+    home = saved.folder if saved.derived else saved.run or saved.folder
+    write_text(home / EVAL_FILE, output.as_json(found, indent=2))
     if options.format == "json":
         output.write_json(found)
         return
@@ -57,8 +59,8 @@ def run(args: Sequence[str]) -> None:
     if not options.quiet:
         if found["partial"]:
             output.write("  the models were scored on a part of the text that gzip and xz had\n")
-        compare = [] if options.compare else [f"apt-model eval {shlex.quote(found['run'])} --compare"]
-        output.write_hints(*compare, output.generate_hint(found["run"], found["task"]))
+        compare = [] if options.compare else [f"apt-model eval {shlex.quote(found['path'])} --compare"]
+        output.write_hints(*compare, output.generate_hint(found["path"], found["task"]))
 
 
 def _score(saved: SavedModel, options: Options) -> dict[str, Any]:
@@ -71,9 +73,12 @@ def _score(saved: SavedModel, options: Options) -> dict[str, Any]:
         limits: dict[str, Any] = {"batch_size": options.batch_size, "max_tokens": options.max_tokens}
         twin = scorer.train_twin() if options.compare else None
         own = scorer.score(saved, **limits)
+        before = scorer.score(scorer.origin(), **limits) if saved.derived else None
         plain = scorer.score(twin, **limits) if twin else None
         return {
             "run": str(scorer.run),
+            "path": str(saved.folder if saved.derived else scorer.run),
+            "weights": format_of(saved.folder),
             "task": scorer.config.data.task,
             "steps": scorer.config.steps,
             "device": scorer.manager.device.type,
@@ -81,20 +86,23 @@ def _score(saved: SavedModel, options: Options) -> dict[str, Any]:
             "partial": own.tokens < scorer.data.heldout_tokens,
             "mechanisms_off": mechanisms_off(scorer.config.model),
             "compressors": scorer.compressors(),
+            "before": dataclasses.asdict(before) if before else None,
             "plain": dataclasses.asdict(plain) if plain else None,
         }
 
 
 def _title(found: dict[str, Any]) -> str:
     return (
-        f"{found['run']}, step {found['step']} of {found['steps']}: "
+        f"{found['path']}, step {found['step']} of {found['steps']}: "
         f"{found['tokens']:,} held-out tokens in {found['seconds']:.1f} s on {found['device']}"
     )
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    off = f" ({', '.join(found['mechanisms_off'])} off)" if found["mechanisms_off"] else ""
-    rows = [_row(f"this model{off}", found)]
+    notes = [*filter(None, [found["weights"]]), *(f"{name} off" for name in found["mechanisms_off"])]
+    rows = [_row("this model" + (f" ({', '.join(notes)})" if notes else ""), found)]
+    if found["before"]:
+        rows.append(_row("before it was quantised", found["before"]))
     if found["plain"]:
         rows.append(_row("plain twin", found["plain"]))
     held = found["compressors"]

@@ -56,11 +56,10 @@ def _generate(saved: SavedModel, prompt: str, options: Options) -> dict[str, Any
     from apt_model.core.system import get_device_manager  # noqa: PLC0415
     from apt_model.modeling.apt_model import APTModel  # noqa: PLC0415
     from apt_model.modeling.tokenizer import Tokenizer  # noqa: PLC0415
-    from apt_model.trainer.checkpoint import verify  # noqa: PLC0415
+    from apt_model.trainer.checkpoint import verify_model  # noqa: PLC0415
 
     manager = get_device_manager(options.device)
-    if saved.run is not None:
-        verify(saved.folder)
+    verify_model(saved)
     model = APTModel.from_pretrained(saved.folder, device=manager.device)
     tokenizer = Tokenizer.load(saved.tokenizer)
     _check_pair(model, tokenizer, saved)

@@ -1,6 +1,7 @@
 """Files that are either whole or absent: written beside their place, flushed to the disk, then renamed into it."""
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -30,9 +31,9 @@ def _set_mode(path: Path, mode: int) -> None:
             path.chmod(mode)
 
 
-def clear_partials(folder: Path) -> None:
-    """Remove what killed processes left half-written in `folder`."""
-    for partial in folder.glob(f"{PARTIAL_PREFIX}*"):
+def clear_partials(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left half-written in `folder`, of the file or folder `name` or of all."""
+    for partial in folder.glob(f"{PARTIAL_PREFIX}{glob.escape(name)}{'-' if name else ''}*"):
         if partial.is_dir():
             shutil.rmtree(partial)
         else:

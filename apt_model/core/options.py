@@ -32,6 +32,8 @@ def _fits(value: object, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, arm) for arm in typing.get_args(hint))
+    if origin is tuple:  # of any length: tuple[str, ...]
+        return isinstance(value, tuple) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -45,6 +47,8 @@ def _spell(hint: Any) -> str:
         return "one of " + ", ".join(repr(arm) for arm in typing.get_args(hint))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_spell(arm) for arm in typing.get_args(hint))
+    if origin is tuple:
+        return f"a tuple of {_spell(typing.get_args(hint)[0])}"
     return "None" if hint is types.NoneType else str(hint.__name__)
 
 

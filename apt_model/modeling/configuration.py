@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from apt_model.core.errors import CheckpointError
 from apt_model.core.files import write_text
+from apt_model.core.fp4_storage import QUANTIZATION_CONFIG
 from apt_model.core.options import check_types, from_dict, require
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "apt"
 # Written into config.json beside the options, and not options themselves.
-_STAMPS = ("model_type", "architectures", "apt_version")
+_STAMPS = ("model_type", "architectures", "apt_version", QUANTIZATION_CONFIG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,12 +208,12 @@ class APTModelConfiguration:
         """Make it from plain values; an unknown name raises `ConfigError` that names the nearest known one."""
         return from_dict(cls, {name: value for name, value in values.items() if name not in _STAMPS})
 
-    def save(self, directory: Path) -> None:
-        """Write `config.json` into `directory`, whole or not at all."""
+    def save(self, directory: Path, **more: Any) -> None:
+        """Write `config.json` into `directory`, whole or not at all, with `more` beside the options."""
         from apt_model import __version__  # noqa: PLC0415 - only here, and the package imports us lazily
 
         stamps = {"model_type": MODEL_TYPE, "architectures": ["APTModel"], "apt_version": __version__}
-        write_text(directory / CONFIG_FILE, json.dumps({**stamps, **self.to_dict()}, indent=2) + "\n")
+        write_text(directory / CONFIG_FILE, json.dumps({**stamps, **self.to_dict(), **more}, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "APTModelConfiguration":

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from apt_model.core.errors import CheckpointError
 from apt_model.core.files import atomic_file
+from apt_model.core.fp4_storage import QUANTIZATION_CONFIG
 from apt_model.modeling.configuration import APTModelConfiguration
+from apt_model.modeling.packed_layers import describe_layers, is_packed, swap_layers
 
 if TYPE_CHECKING:
     from apt_model.modeling.apt_model import APTModel
@@ -21,7 +23,8 @@ _NAMES_SHOWN = 4
 def save_model(model: "APTModel", directory: Path) -> None:
     """Write both files, each whole or not at all, the weights last."""
     directory.mkdir(parents=True, exist_ok=True)
-    model.config.save(directory)
+    packed = describe_layers(model)
+    model.config.save(directory, **({QUANTIZATION_CONFIG: packed} if packed else {}))
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_file(directory / WEIGHTS_FILE) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -35,11 +38,13 @@ def load_model(
     tensors = read_tensors(directory / WEIGHTS_FILE)
     with torch.device("meta"):
         model = cls(config)
+    kept = tensors.get("embedding.weight")
+    swap_layers(model, tensors, directory, torch.get_default_dtype() if kept is None else kept.dtype)
     check_tensors(model.state_dict(), tensors, directory / WEIGHTS_FILE)
     model.load_state_dict(tensors, assign=True)
     model.rotary.fill(model.embedding.weight.device)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and not is_packed(name))
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -54,7 +59,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise `CheckpointError` that names what is missing, unexpected or of another shape."""
+    """Raise `CheckpointError` that names what is missing, unexpected, of another shape or, packed, of another type."""
     problems = []
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
@@ -62,12 +67,17 @@ def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tens
     if extra:
         problems.append(f"{len(extra)} unexpected ({', '.join(extra[:_NAMES_SHOWN])})")
     problems += [
-        f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}"
+        f"{name} is {_spell(found[name], name)}, not {_spell(expected[name], name)}"
         for name in sorted(expected.keys() & found.keys())
-        if expected[name].shape != found[name].shape
+        if _spell(found[name], name) != _spell(expected[name], name)
     ]
     if problems:
         raise CheckpointError(
             f"{path} does not fit its config.json: {'; '.join(problems[:_NAMES_SHOWN])}",
             remedy="the two files come from different models, or one was altered: save the model again",
         )
+
+
+def _spell(tensor: torch.Tensor, name: str) -> str:
+    """Shape, and of packed tensors, which are never cast, the type too."""
+    return f"{tensor.dtype} {list(tensor.shape)}" if is_packed(name) else f"{list(tensor.shape)}"

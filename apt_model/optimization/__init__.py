@@ -5,8 +5,12 @@ from apt_model.core.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "FP4Config": "apt_model.optimization.fp4_config",
+        "FusedFP4Linear": "apt_model.layers.fp4_linear",
+        "dequantize": "apt_model.optimization.convert",
         "get_device": "apt_model.core.system",
         "get_device_manager": "apt_model.core.system",
+        "quantize": "apt_model.optimization.convert",
         "vb_global": "apt_model.optimization.vb_global",
     },
 )

@@ -24,7 +24,7 @@ def gather(device: Device | None = None) -> dict[str, Any]:
         "gpu_flash": {
             "attention": "scaled_dot_product_attention",
             "kernels": _attention_kernels(device.kind),
-            "fp4_weights": False,
+            "fp4_weights": True,
         },
         "vgpu_stack": False,
         "multi_vendor_backend": {"supported": [vendor.kind for vendor in VENDORS], "planned": sorted(PLANNED)},

@@ -12,7 +12,7 @@ There is no random state to keep: everything random in step n follows from the s
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +25,12 @@ from apt_model.core.files import PARTIAL_PREFIX, atomic_directory, clear_partial
 from apt_model.modeling.apt_model import APTModel
 from apt_model.modeling.configuration import CONFIG_FILE
 from apt_model.modeling.pretrained import WEIGHTS_FILE, read_tensors
-from apt_model.trainer.runs import resume_command, step_folder, step_of, steps_saved
+from apt_model.trainer.runs import SavedModel, resume_command, step_folder, step_of, steps_saved
 
 FORMAT = 1
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
-FILES = (CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER, STATE)
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, STATE)
+FILES = (*MODEL_FILES, OPTIMIZER)
 
 
 class Checkpoint(NamedTuple):
@@ -73,14 +74,23 @@ def _write(folder: Path, step: int, model: APTModel, tensors: Mapping[str, Tenso
         model.save_pretrained(partial)
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial / OPTIMIZER)
         (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(partial.iterdir())
-        }
-        (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2), encoding="utf-8")
+        write_manifest(partial)
 
 
-def verify(folder: Path) -> None:
-    """Raise `CheckpointError` with the reason unless every file of the checkpoint is there and unaltered."""
+def write_manifest(folder: Path) -> None:
+    """Record size and SHA-256 of the files in `folder`; the last to be written."""
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2), encoding="utf-8")
+
+
+def verify_model(saved: SavedModel) -> None:
+    """Check the files of a run's model, or of one made from it; those of others have no manifest."""
+    if saved.run is not None:
+        verify(saved.folder, MODEL_FILES if saved.derived else FILES)
+
+
+def verify(folder: Path, files: Sequence[str] = FILES) -> None:
+    """Raise `CheckpointError` with the reason unless every file is there and unaltered, `files` among them."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -91,7 +101,7 @@ def verify(folder: Path) -> None:
         raise _refused(folder, f"its {MANIFEST} cannot be read ({error!r})") from error
     if version != FORMAT:
         raise _refused(folder, f"it has format {version!r}, and this version reads format {FORMAT}")
-    if unlisted := [name for name in FILES if name not in listed]:
+    if unlisted := [name for name in files if name not in listed]:
         raise _refused(folder, f"its {MANIFEST} does not list {', '.join(unlisted)}")
     for name, (size, digest) in listed.items():
         path = folder / name
@@ -116,7 +126,9 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
 def _refused(folder: Path, reason: str) -> CheckpointError:
     root = folder.parent.parent
     refused = step_of(folder)
-    earlier = [step for step in steps_saved(root) if refused is not None and step < refused]
+    if refused is None:
+        return CheckpointError(f"{folder} is refused: {reason}", remedy="make it again from the step that it came from")
+    earlier = [step for step in steps_saved(root) if step < refused]
     if not earlier:
         return CheckpointError(f"{folder} is refused: {reason}", state="there is no earlier checkpoint")
     return CheckpointError(

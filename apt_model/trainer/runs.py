@@ -2,10 +2,12 @@
 
 OUT holds train.json (the effective configuration), tokenizer.json, what was measured (metrics.jsonl, curve.png,
 eval.json), and checkpoints/step-00000200 and so on, each with the model and the state after that step (checkpoint.py).
+A model that was made from a step (quantised, say) lies in a folder of its own, whose origin.json names run and step.
 """
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from apt_model.modeling.configuration import CONFIG_FILE as MODEL_FILE
 from apt_model.trainer.config import TrainConfig
 
 CONFIG_FILE, TOKENIZER_FILE, EVAL_FILE = "train.json", "tokenizer.json", "eval.json"
+ORIGIN_FILE = "origin.json"
 _CHECKPOINTS = "checkpoints"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _WHAT_IS_TAKEN = "give a run (the --out of apt-model train), one of its step folders, or what save_pretrained wrote"
@@ -43,6 +46,11 @@ class SavedModel:
     """The run that the model belongs to; None for a folder of `save_pretrained`."""
     step: int | None = None
     """The run's steps that it was trained for."""
+
+    @property
+    def derived(self) -> bool:
+        """Whether it was made from a step of the run, and is none itself."""
+        return self.run is not None and step_of(self.folder.resolve()) is None
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -91,28 +99,58 @@ def find_model(path: Path) -> SavedModel:
 
     Raises `CheckpointError` that says what is missing. The files themselves are not read.
     """
+    folder, run, step = find_weights(path)
+    home = folder if run is None or (folder / ORIGIN_FILE).is_file() else run
+    if not (home / TOKENIZER_FILE).is_file():
+        raise CheckpointError(
+            f"there is no {TOKENIZER_FILE} in {home}, so the model's ids have no text",
+            remedy=f"put the {TOKENIZER_FILE} that the model was trained with into {home}",
+        )
+    return SavedModel(folder=folder, tokenizer=home / TOKENIZER_FILE, run=run, step=step)
+
+
+def find_weights(path: Path) -> tuple[Path, Path | None, int | None]:
+    """The folder of the model that `path` means, and the run and step that it comes from; raises as `find_model`."""
     if (path / CONFIG_FILE).is_file():
         steps = steps_saved(path)
         if not steps:
             raise CheckpointError(f"the run in {path} has no checkpoint yet", remedy=resume_command(path))
-        return _with_tokenizer(step_folder(path, steps[-1]), path, steps[-1])
+        return step_folder(path, steps[-1]), path, steps[-1]
     if not (path / MODEL_FILE).is_file():
         raise _nothing_at(path)
     whole = path.resolve()
     step, root = step_of(whole), whole.parent.parent
     if step is not None and (root / CONFIG_FILE).is_file():
-        return _with_tokenizer(whole, root, step)
-    return _with_tokenizer(path, None, None)
+        return whole, root, step
+    origin = _origin(path)
+    return (path, None, None) if origin is None or not (origin[0] / CONFIG_FILE).is_file() else (path, *origin)
 
 
-def _with_tokenizer(folder: Path, run: Path | None, step: int | None) -> SavedModel:
-    tokenizer = (run or folder) / TOKENIZER_FILE
-    if not tokenizer.is_file():
+def write_origin(folder: Path, home: Path, run: Path, step: int) -> None:
+    """Say in `folder`, which will be `home`, that its model was made from step `step` of `run`."""
+    origin = {"run": os.path.relpath(run.resolve(), home.resolve()), "step": step}
+    (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def check_origin(folder: Path) -> None:
+    """Raise `CheckpointError` where the run that the model in `folder` was made from is gone."""
+    origin = _origin(folder)
+    if origin is not None and not (origin[0] / CONFIG_FILE).is_file():
         raise CheckpointError(
-            f"there is no {TOKENIZER_FILE} in {tokenizer.parent}, so the model's ids have no text",
-            remedy=f"put the {TOKENIZER_FILE} that the model was trained with into {tokenizer.parent}",
+            f"{folder}: the run that it was made from is not at {origin[0]}",
+            remedy=f"put the run there, or its new place into {folder / ORIGIN_FILE}",
         )
-    return SavedModel(folder=folder, tokenizer=tokenizer, run=run, step=step)
+
+
+def _origin(folder: Path) -> tuple[Path, int] | None:
+    """The run and the step that the model in `folder` was made from; None where it does not say."""
+    try:
+        origin = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+        return Path(os.path.normpath(folder / origin["run"])), int(origin["step"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / ORIGIN_FILE} cannot be used: {error!r}") from error
 
 
 def _nothing_at(path: Path) -> CheckpointError:

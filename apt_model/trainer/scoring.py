@@ -16,7 +16,7 @@ from apt_model.modeling.apt_model import APTModel
 from apt_model.modeling.configuration import APTModelConfiguration
 from apt_model.modeling.tokenizer import Tokenizer
 from apt_model.trainer.baselines import compressed_bits_per_byte
-from apt_model.trainer.checkpoint import STATE, verify
+from apt_model.trainer.checkpoint import STATE, verify, verify_model
 from apt_model.trainer.corpus import Document, read_corpus
 from apt_model.trainer.data import make_data
 from apt_model.trainer.evaluation import autocast, evaluate, in_bf16
@@ -26,6 +26,7 @@ from apt_model.trainer.runs import (
     CONFIG_FILE,
     SavedModel,
     changed_options,
+    check_origin,
     find_model,
     resume_command,
     saved_config,
@@ -69,6 +70,7 @@ class Scorer:
 
     def __init__(self, saved: SavedModel, *, device: str = "auto", progress: Progress | None = None) -> None:
         if saved.run is None or saved.step is None:
+            check_origin(saved.folder)
             raise CheckpointError(
                 f"{saved.folder} belongs to no run, so there is no held-out text to score",
                 remedy="give a run (the --out of apt-model train) or one of its step folders",
@@ -77,7 +79,7 @@ class Scorer:
         self.progress = progress or Silent()
         self.config = saved_config(self.run)
         self.manager = get_device_manager(device)
-        verify(saved.folder)
+        verify_model(saved)
         self.progress.phase("reading text")
         corpus = read_corpus(self.config.data)
         self.progress.phase("encoding")
@@ -113,6 +115,12 @@ class Scorer:
             training_seconds=training_seconds,
             training_tokens_per_s=pace,
         )
+
+    def origin(self) -> SavedModel:
+        """The step of the run that a derived model was made from; `CheckpointError` when it is gone or altered."""
+        folder = step_folder(self.run, self.step)
+        verify(folder)
+        return find_model(folder)
 
     def compressors(self) -> dict[str, Any]:
         """Bits a byte of gzip and xz on all held-out texts (of pairs: the targets), and their size."""

@@ -13,8 +13,10 @@ from micro import model_config
 from small_models import SHAPE
 
 from apt_model.core.policy import Policy
+from apt_model.integrations.quantize_config import QuantizeConfig
 from apt_model.modeling.configuration import APTModelConfiguration
 from apt_model.modeling.generation_config import GenerationConfig
+from apt_model.optimization.fp4_config import FP4Config
 from apt_model.trainer.config import DataConfig, GradientConfig, OptimizerConfig, TrainConfig
 
 
@@ -54,6 +56,8 @@ BASE: dict[type, dict[str, Any]] = {
     OptimizerConfig: {"warmup_steps": 1},
     GradientConfig: {},
     Policy: {"mode": "balanced"},
+    FP4Config: {},
+    QuantizeConfig: {"device": "cpu"},
 }  # fmt: skip
 TOO_LARGE = {
     APTModelConfiguration: set(SHAPE),
@@ -156,9 +160,20 @@ EFFECTS: dict[type, dict[str, list[Effect]]] = {
         "error_feedback": [Effect(False, see.treated, {"rank_ratio": 0.25})],
         "refresh_steps": [Effect(50, see.treated, {"rank_ratio": 0.25})],
     },
+    QuantizeConfig: {
+        "weights": [Effect("mxfp4", see.quantized)],
+        "layout": [Effect("apt", see.quantized), Effect("compressed-tensors", see.quantized_experts)],
+        "skip": [Effect(("layers.0",), see.quantized)],
+        "device": [Effect("cuda:63", see.quantized)],
+        "dry_run": [Effect(True, see.quantized)],
+    },
     Policy: {
         "mode": [Effect("balanced", see.under_policy)],
         "precision": [Effect("fp32", see.under_policy), Effect("bf16", see.under_policy)],
         "activation_checkpointing": [Effect("on", see.under_policy), Effect("off", see.under_policy)],
+    },
+    FP4Config: {
+        "format": [Effect("mxfp4", see.packed)],
+        "skip": [Effect(("in_proj", "decoder_layers.1"), see.packed)],
     },
 }

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from fp4_folders import experts, layers, write_folder
 from micro import figures, write_texts
 from small_models import SHAPE, build, noise, tokens
 from torch import nn
@@ -24,10 +25,14 @@ from torch import nn
 from apt_model.core.errors import AptError
 from apt_model.core.policy import Policy, set_policy
 from apt_model.core.system.cpu import CpuDevice
+from apt_model.integrations.quantize_config import REPORT_FILE, QuantizeConfig
+from apt_model.integrations.quantize_files import quantize_folder
 from apt_model.modeling import apt_model as model_module
 from apt_model.modeling.apt_model import APTModel
 from apt_model.modeling.generation_config import GenerationConfig
 from apt_model.modeling.tokenizer import Tokenizer
+from apt_model.optimization.convert import quantize
+from apt_model.optimization.fp4_config import FP4Config
 from apt_model.trainer.config import DataConfig, GradientConfig, TrainConfig
 from apt_model.trainer.corpus import read_corpus
 from apt_model.trainer.data import load_or_train_tokenizer, make_data
@@ -353,6 +358,39 @@ def treated(options: Options) -> str:
         treatment(step)
         seen.append(torch.cat([model.matrix.grad.flatten(), model.vector.grad]))
     return digest(torch.stack(seen))
+
+
+# --- quantised folders
+
+
+def quantized(options: Options) -> Any:
+    """The bytes of what a folder of layers becomes, by file, but for the report, which holds the time."""
+    return _quantize("plain", layers(), options)
+
+
+def quantized_experts(options: Options) -> Any:
+    """The same of a folder with fused experts."""
+    return _quantize("experts", {**layers(count=1), **experts()}, options)
+
+
+def _quantize(name: str, tensors: dict[str, torch.Tensor], options: Options) -> Any:
+    with _empty_folder() as folder:
+        write_folder(folder / name, tensors)
+        out = folder / "out"
+        report = or_error(lambda: quantize_folder(folder / name, out, QuantizeConfig(**options)))
+        if isinstance(report, str):
+            return report
+        return {path.name: path.read_bytes() for path in out.glob("*") if path.name != REPORT_FILE}
+
+
+# --- a model's weights in 4 bits
+
+
+def packed(options: Options) -> Any:
+    """Names and shapes of a quantised model's parameters, and its logits."""
+    model = quantize(build(decoder_only=True).eval(), FP4Config(**options))
+    with torch.no_grad():
+        return [(name, *held.shape) for name, held in model.named_parameters()], digest(_forward(model))
 
 
 # --- the policy

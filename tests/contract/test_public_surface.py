@@ -9,9 +9,11 @@ import apt_model.optimization.vb_global as vb
 
 SURFACE = {
     "apt_model": ["APTModel", "APTModelConfiguration", "get_device", "get_device_manager"],
-    "apt_model.optimization": ["get_device", "get_device_manager", "vb_global"],
+    "apt_model.optimization": [
+        "FP4Config", "FusedFP4Linear", "dequantize", "get_device", "get_device_manager", "quantize", "vb_global",
+    ],
     "apt_model.core.system": ["Device", "Presence", "get_device", "get_device_manager"],
-}
+}  # fmt: skip
 ONE_LINE = {
     "enable": "(verbose: bool = True) -> None",
     "enable_balanced_mode": "(verbose: bool = True) -> None",
@@ -25,6 +27,8 @@ HOMES = {
     "apt_model.trainer.config": ["TrainConfig", "DataConfig", "OptimizerConfig", "GradientConfig"],
     "apt_model.trainer.trainer": ["Trainer", "RunResult"],
     "apt_model.modeling.generation_config": ["GenerationConfig"],
+    "apt_model.optimization.fp4_config": ["FP4Config", "QuantizeReport", "Skipped"],
+    "apt_model.layers.fp4_experts": ["FP4Experts", "pack_experts", "unpack_experts"],
 }
 
 

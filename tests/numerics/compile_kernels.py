@@ -10,6 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from apt_model.ops.fp4.fused_quantize import tile
+from apt_model.ops.fp4.kernel_quantize import quantize_kernel
 from apt_model.ops.left_spin import kernel as left_spin
 
 WIDTHS = (768, 4096)
@@ -34,10 +36,22 @@ def left_spin_variants():
         yield left_spin.gradient_kernel, signature, {"HAS_SCALE": scale, "BLOCK": 1024}, {}
 
 
+def fp4_quantize_variants():
+    for (weight, width, cost), nvfp4 in itertools.product([("bf16", 4096, False), ("fp32", 40, True)], [True, False]):
+        signature = {
+            "weight_ptr": f"*{weight}", "global_ptr": "*fp32", "cost_ptr": "*fp32", "packed_ptr": "*u8",
+            "scale_ptr": "*u8", **dict.fromkeys(("rows", "width", "row_bytes", "row_blocks"), "i32"),
+            "row_stride": "i64", "column_stride": "i32",
+        }  # fmt: skip
+        window = {"FIRST": -2, "LAST": 6} if nvfp4 else {"FIRST": -1, "LAST": 0}
+        constants = {**window, "NVFP4": nvfp4, "HAS_COST": cost, **tile(width)}
+        yield quantize_kernel, signature, constants, {"num_warps": 4, "enable_fp_fusion": False}
+
+
 def main(name: str) -> None:
     backend, _, arch = name.partition(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
-    for kernel, signature, constants, options in left_spin_variants():
+    for kernel, signature, constants, options in (*left_spin_variants(), *fp4_quantize_variants()):
         source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
         compiled = triton.compile(source, target=target, options=options)
         print(kernel.fn.__name__, constants, options, f"shared {compiled.metadata.shared}")

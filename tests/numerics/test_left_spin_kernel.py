@@ -149,7 +149,8 @@ def test_on_a_gpu_a_step_is_one_launch_and_so_is_its_gradient():
         run()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             run()
-        return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        on_device = [each.name for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+        return [name for name in on_device if "FillFunctor" not in name]  # the poison of this file
 
     for run in (
         lambda: select.design_step(u, delta, before, phi, **DESIGN),

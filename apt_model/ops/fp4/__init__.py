@@ -6,5 +6,6 @@ from apt_model.ops.fp4.quantize import quantize
 from apt_model.ops.fp4.select import ACTIVATIONS, linear
 
 __all__ = [
-    "ACTIVATIONS", "FORMATS", "MXFP4", "NVFP4", "PackedWeight", "check", "dequantize", "get_format", "linear", "quantize",
+    "ACTIVATIONS", "FORMATS", "MXFP4", "NVFP4", "PackedWeight",
+    "check", "dequantize", "get_format", "linear", "quantize",
 ]  # fmt: skip

@@ -84,6 +84,8 @@ def row_blocks(in_features: int, form: Format) -> int:
 def check(weight: PackedWeight, name: str = "weight") -> PackedWeight:
     """Return `weight` where its tensors fit together; else raise `InputError` with what was expected and what came."""
     form, shape = weight.format, tuple(weight.packed.shape[:-1])
+    if not shape:
+        raise InputError(f"{name}_packed: expected [..., N, P], got {list(weight.packed.shape)}")
     expected: list[tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]] = [
         ("packed", weight.packed, torch.uint8, (*shape, row_bytes(weight.in_features))),
         ("scale", weight.scale, form.scale_dtype, (*shape, row_blocks(weight.in_features, form))),
@@ -104,7 +106,7 @@ def check(weight: PackedWeight, name: str = "weight") -> PackedWeight:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """uint8 codes 0 .. 15 [..., K] -> bytes [..., P]; the rest of the last bytes holds zero codes."""  # noqa: D403
+    """uint8 codes 0 .. 15 [..., K] -> bytes [..., P]; the rest of the last bytes holds zero codes."""
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % ROW_MULTIPLE))
     pairs = codes.unflatten(-1, (-1, 2))
     return pairs[..., 0] | (pairs[..., 1] << 4)

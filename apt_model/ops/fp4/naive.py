@@ -14,13 +14,13 @@ SLAB_WEIGHTS = 2**24
 
 
 def unscaled(weight: PackedWeight) -> Tensor:
-    """code * scale, [..., N, K] in fp32: exact in nvfp4, and in bf16 too (at most 6 significant bits)."""
+    """[..., N, K] in fp32, code * scale: exact in nvfp4, and in bf16 too (at most 6 significant bits)."""
     values = code_values(unpack(weight.packed, weight.in_features))
     return values * spread(scale_values(weight.scale), weight.format, weight.in_features)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """[..., N, K] rounded once to `dtype`: code * (scale / global_scale), in the order of compressed-tensors."""  # noqa: D403
+    """[..., N, K] rounded once to `dtype`: code * (scale / global_scale), in the order of compressed-tensors."""
     scales = scale_values(weight.scale)
     if weight.global_scale is not None:
         scales = scales / weight.global_scale.unsqueeze(-1)

@@ -1,129 +1,169 @@
 """From a weight to codes and scales: nearest codes, and the scale of each block by least squared error.
 
-The search is over neighbours of the scale that maps a block's largest weight to the largest code: a smaller one cuts the
-largest weights off, a larger one spends a code less often; either can fit the rest better.
+The search is over neighbours of the scale that maps a block's largest weight to the largest code: a smaller one cuts
+the largest weights off, a larger one spends a code less often; either can fit the rest better.
 """
 
+import itertools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from apt_model.core.errors import InputError
+from apt_model.ops.fp4 import fused_quantize
 from apt_model.ops.fp4.format import (
     LARGEST_CODE,
     LARGEST_SCALE,
-    MAGNITUDES,
     Format,
     PackedWeight,
     get_format,
     pack,
+    row_blocks,
+    row_bytes,
     scale_values,
 )
 
-# Neighbours that are tried: codes of E4M3 in nvfp4 (the first is where ties go), exponents in mxfp4.
-NVFP4_OFFSETS = (0, -2, -1, 1, 2, 3, 4, 5, 6)
-MXFP4_OFFSETS = (0, -1, 1)
-_LARGEST_E4M3_CODE = 126
-_LARGEST_E8M0_CODE = 254
-# Weights that are worked on at once: a few fp32 copies of a slab are alive.
+# First and last neighbour that is tried: codes of E4M3 in nvfp4, exponents in mxfp4. A tie goes to 0, the scale that
+# clips nothing, then to the first. Twice that scale is never better: its values up to the largest weight are among 0's.
+WINDOWS = {"nvfp4": (-2, 6), "mxfp4": (-1, 0)}
+# Weights that the definition works on at once: a few fp32 copies of a slab are alive.
 SLAB_WEIGHTS = 2**24
-# Between two neighbouring codes; a tie goes to the even code, as IEEE 754 has it.
-_EDGES = tuple((low + high) / 2 for low, high in zip(MAGNITUDES, MAGNITUDES[1:], strict=False))
+_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The positive numbers; of E8M0's, weights below 2^127 need none near the end.
+_E4M3_CODES, _E8M0_CODES = (1, 126), (0, 254)
+# Beyond this the nearest 4-bit value may be infinite in fp32.
+_LIMIT = 2.0**127
+# So that 1 / global_scale is a normal number too.
+_LARGEST_GLOBAL_EXPONENT = 126
 
 
 def quantize(weight: Tensor, format: str = "nvfp4", *, importance: Tensor | None = None) -> PackedWeight:  # noqa: A002
-    """[..., N, K] of any float type -> its packed form, on the weight's device, in slabs of rows.
+    """[..., N, K] in fp64, fp32, bf16 or fp16 -> its packed form, on the weight's device, in slabs of rows.
 
     Args:
-        weight: finite values.
+        weight: values below 2^127.
         format: nvfp4 or mxfp4.
         importance: [K], what an error in each input's weights counts (a diagonal of x^T x, say); default all alike.
     """
     form = get_format(format)
-    if not weight.is_floating_point() or weight.dim() < 2:
-        raise InputError(f"quantize: expected a float weight [..., N, K], got {weight.dtype} {list(weight.shape)}")
-    if importance is not None and importance.shape != weight.shape[-1:]:
-        raise InputError(f"importance: expected [{weight.shape[-1]}], got {list(importance.shape)}")
-    weight = weight.detach()
-    global_scale = _global_scale(weight) if form.has_global_scale else None
-    flat = weight.reshape(-1, weight.shape[-1])
-    row_global = None
-    if global_scale is not None:
-        row_global = global_scale.expand(*weight.shape[:-1]).reshape(-1, 1)
-    rows = max(1, SLAB_WEIGHTS // max(1, flat.shape[1]))
-    parts = [
-        _slab(flat[i : i + rows], form, None if row_global is None else row_global[i : i + rows], importance)
-        for i in range(0, flat.shape[0], rows)
-    ]
-    packed, scale = (torch.cat(each).unflatten(0, weight.shape[:-1]) for each in zip(*parts, strict=True))
-    return PackedWeight(packed, scale, global_scale, weight.shape[-1])
+    if weight.dtype not in _TYPES or weight.dim() < 2 or not weight.numel():
+        raise InputError(
+            "quantize: expected a weight [..., N, K] in float64, float32, bfloat16 or float16 that is not empty, "
+            f"got {weight.dtype} {list(weight.shape)}"
+        )
+    weight, (out, width) = weight.detach(), weight.shape[-2:]
+    cost = None if importance is None else _cost(importance, weight, form)
+    largest = torch.maximum(weight.amax(dim=(-2, -1)), -weight.amin(dim=(-2, -1))).to(torch.float32)
+    if not bool((largest < _LIMIT).all()):
+        raise InputError("quantize: the weight holds values that are not finite, or not below 2^127")
+    global_scale = _global_scale(largest.unsqueeze(-1)) if form.has_global_scale else None
+    packed, scale = (
+        weight.new_empty((*weight.shape[:-1], size), dtype=torch.uint8)
+        for size in (row_bytes(width), row_blocks(width, form))
+    )
+    step = max(1, SLAB_WEIGHTS // width)
+    for expert in itertools.product(*map(range, weight.shape[:-2])):
+        divisor = None if global_scale is None else global_scale[expert]
+        if fused_quantize.applies(weight):
+            fused_quantize.quantize_rows(
+                weight[expert], form, WINDOWS[form.name], divisor, cost, packed[expert], scale[expert]
+            )
+            continue
+        for slab in (slice(first, first + step) for first in range(0, out, step)):
+            packed[expert][slab], scale[expert][slab] = quantize_rows(weight[expert][slab], form, divisor, cost)
+    return PackedWeight(packed, scale.view(form.scale_dtype), global_scale, width)
 
 
-def _global_scale(weight: Tensor) -> Tensor:
-    """[..., 1]: the power of two that brings the largest block scale just below E4M3's largest.
+def quantize_rows(
+    rows: Tensor, form: Format, global_scale: Tensor | None, cost: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The definition: [R, K], a global scale [1], costs [G, block] -> bytes [R, P] and bytes of scales [R, G].
+
+    Magnitudes are first brought to where the candidate scales are, by a power of two, so that no square overflows.
+    """
+    blocks = F.pad(rows.to(torch.float32), (0, -rows.shape[1] % form.block)).unflatten(1, (-1, form.block))
+    magnitude = blocks.abs()  # [R, G, block]
+    largest = magnitude.amax(dim=-1)
+    if global_scale is None:
+        base, limits = _e8m0_code(largest), _E8M0_CODES
+        magnitude *= _power_of_two(127 - base).unsqueeze(-1)
+    else:
+        base, limits = _e4m3_code(largest * global_scale), _E4M3_CODES
+        magnitude *= global_scale
+    first, last = WINDOWS[form.name]
+    best_error, best = torch.full_like(largest, torch.inf), base
+    for offset in (0, *(each for each in range(first, last + 1) if each)):
+        candidate = (base + offset).clamp(*limits)
+        step = _step(candidate, base, form)
+        error = (_nearest(magnitude / step) * step - magnitude).square()
+        error = _sum(error if cost is None else error * cost)
+        better = error < best_error
+        best_error, best = torch.where(better, error, best_error), torch.where(better, candidate, best)
+    value = _nearest(magnitude / _step(best, base, form))
+    code = torch.where(value < 2, value * 2, torch.where(value < 4, value + 2, value * 0.5 + 4)).to(torch.uint8)
+    code |= ((blocks < 0) & (code > 0)).to(torch.uint8) << 3
+    return pack(code.flatten(1)[:, : rows.shape[1]]), torch.where(largest > 0, best, 0).to(torch.uint8)
+
+
+def _cost(importance: Tensor, weight: Tensor, form: Format) -> Tensor:
+    """[G, block] in fp32, the largest of each block 1 (all of them, where it is 0): no product overflows.
+
+    A block's scale is searched for without regard to the other blocks, so only what is inside it is compared.
+    """
+    if importance.shape != weight.shape[-1:]:
+        raise InputError(f"importance: expected {list(weight.shape[-1:])}, got {list(importance.shape)}")
+    importance = importance.detach().to(weight.device, torch.float32)
+    if not bool(((importance >= 0) & importance.isfinite()).all()):
+        raise InputError("importance: expected finite values of 0 or more")
+    cost = F.pad(importance, (0, -len(importance) % form.block)).unflatten(0, (-1, form.block))
+    most = cost.amax(dim=-1, keepdim=True)
+    return torch.where(most > 0, cost / most, 1)
+
+
+def _global_scale(largest: Tensor) -> Tensor:
+    """The greatest power of two that brings the largest weight to 6 * 448 or below.
 
     A power of two, so that code * scale / global_scale is exact in bf16.
     """
-    largest = weight.abs().amax(dim=(-2, -1), keepdim=True).to(torch.float32).squeeze(-1)
-    if not bool(largest.isfinite().all()):
-        raise InputError("quantize: the weight holds values that are not finite")
-    exponent = torch.floor(torch.log2(LARGEST_CODE * LARGEST_SCALE / largest.clamp_min(2.0**-100)))
-    return torch.ldexp(torch.ones_like(largest), exponent.to(torch.int32))
+    mantissa, exponent = torch.frexp(largest)
+    top = torch.where(mantissa <= LARGEST_CODE * LARGEST_SCALE / 2**12, 12, 11)
+    return _power_of_two((top - exponent).clamp(max=_LARGEST_GLOBAL_EXPONENT))
 
 
-def _slab(rows: Tensor, form: Format, row_global: Tensor | None, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes and scales of [R, K]."""
-    size = rows.shape[1]
-    pad = (0, -size % form.block)
-    blocks = torch.nn.functional.pad(rows.to(torch.float32), pad).unflatten(1, (-1, form.block))  # [R, G, block]
-    magnitude = blocks.abs()
-    cost = None
-    if importance is not None:
-        cost = torch.nn.functional.pad(importance.to(rows.device, torch.float32), pad).view(-1, form.block)
-    largest = magnitude.amax(dim=-1)
-    best_error, best_scale = torch.full_like(largest, torch.inf), torch.zeros_like(largest, dtype=torch.uint8)
-    base = _base_code(largest, form, row_global)
-    limit = _LARGEST_E4M3_CODE if form.has_global_scale else _LARGEST_E8M0_CODE
-    for offset in NVFP4_OFFSETS if form.has_global_scale else MXFP4_OFFSETS:
-        candidate = (base + offset).clamp(1 if form.has_global_scale else 0, limit).to(torch.uint8)
-        step = _step(candidate, form, row_global).unsqueeze(-1)
-        error = (_nearest(magnitude / step) * step - magnitude).square()
-        error = (error if cost is None else error * cost).sum(dim=-1)
-        better = error < best_error
-        best_error, best_scale = torch.where(better, error, best_error), torch.where(better, candidate, best_scale)
-    best_scale = torch.where(largest > 0, best_scale, 0)
-    step = _step(best_scale, form, row_global).unsqueeze(-1)
-    ratio = torch.where(step > 0, magnitude / step, 0)
-    codes = torch.bucketize(ratio, torch.tensor(_EDGES, device=rows.device), right=False).to(torch.uint8)
-    codes = _ties_to_even(ratio, codes)
-    codes |= ((blocks < 0) & (codes > 0)).to(torch.uint8) << 3
-    scale = best_scale.view(form.scale_dtype)
-    return pack(codes.flatten(1)[:, :size]), scale
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in fp32, exact for -126 .. 127."""
+    return ((exponent + 127).to(torch.int32) << 23).view(torch.float32)
 
 
-def _base_code(largest: Tensor, form: Format, row_global: Tensor | None) -> Tensor:
-    """Code of the scale that maps the block's largest weight to the largest magnitude, int32."""
-    wanted = largest / LARGEST_CODE
-    if row_global is not None:
-        return (wanted * row_global).clamp(max=LARGEST_SCALE).to(form.scale_dtype).view(torch.uint8).to(torch.int32)
-    exponent = torch.ceil(torch.log2(wanted.clamp_min(2.0**-127)))
-    return exponent.to(torch.int32) + 127
+def _e4m3_code(largest: Tensor) -> Tensor:
+    """Code, int32, of the scale nearest to a sixth of the largest weight (already times the global scale)."""
+    # A tensor, since CUDA's division by a number multiplies by the rounded inverse.
+    wanted = largest / torch.full_like(largest, LARGEST_CODE)
+    return wanted.clamp(max=LARGEST_SCALE).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int32)
 
 
-def _step(code: Tensor, form: Format, row_global: Tensor | None) -> Tensor:
-    """The weight that a code of 1.0 stands for, fp32."""
-    scales = scale_values(code.view(form.scale_dtype))
-    return scales if row_global is None else scales / row_global
+def _e8m0_code(largest: Tensor) -> Tensor:
+    """Code, int32, of the smallest power of two that brings the largest weight to 6 or below."""
+    mantissa, exponent = torch.frexp(largest)
+    return (exponent - torch.where(mantissa <= LARGEST_CODE / 8, 3, 2) + 127).clamp(min=0)
+
+
+def _step(code: Tensor, base: Tensor, form: Format) -> Tensor:
+    """What a code of 1.0 stands for beside the magnitudes as they were brought near, [R, G, 1]."""
+    if form.has_global_scale:
+        return scale_values(code.to(torch.uint8).view(form.scale_dtype)).unsqueeze(-1)
+    return _power_of_two(code - base).unsqueeze(-1)
 
 
 def _nearest(ratio: Tensor) -> Tensor:
-    """The nearest magnitude; where two are as near, either has the same error."""
-    coarse = torch.where(
-        ratio < 2, (ratio * 2).round() / 2, torch.where(ratio < 4, ratio.round(), (ratio / 2).round() * 2)
-    )
-    return coarse.clamp(max=LARGEST_CODE)
+    """The nearest magnitude of E2M1; a tie goes to the even code, as IEEE 754 has it."""
+    wide = torch.where(ratio < 4, ratio.round(), (ratio * 0.5).round() * 2)
+    return torch.where(ratio < 2, (ratio * 2).round() * 0.5, wide).clamp(max=LARGEST_CODE)
 
 
-def _ties_to_even(ratio: Tensor, codes: Tensor) -> Tensor:
-    """`bucketize` leaves a tie with the lower code; move it up where that one is odd."""
-    edges = torch.tensor((*_EDGES, torch.inf), device=ratio.device)
-    return torch.where((ratio == edges[codes.long()]) & (codes % 2 == 1), codes + 1, codes)
+def _sum(error: Tensor) -> Tensor:
+    """Over the last dimension, neighbours first: the order that the kernel has too."""
+    while error.shape[-1] > 1:
+        error = error[..., 0::2] + error[..., 1::2]
+    return error.squeeze(-1)

@@ -66,7 +66,8 @@ def _slabs(weight: PackedWeight) -> list[tuple[int, PackedWeight]]:
 
 
 def _bias_gradient(upstream: Tensor, bias: Tensor) -> Tensor:
-    return upstream.flatten(0, -2).sum(dim=0, dtype=torch.promote_types(upstream.dtype, torch.float32)).to(bias.dtype)
+    rows = upstream.reshape(-1, upstream.shape[-1])
+    return rows.sum(dim=0, dtype=torch.promote_types(upstream.dtype, torch.float32)).to(bias.dtype)
 
 
 class _Linear(torch.autograd.Function):

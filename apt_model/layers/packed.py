@@ -1,0 +1,204 @@
+"""What modules with weights in 4 bits share: how the packed tensors are kept, moved, loaded and read.
+
+A weight called `w` is kept as the parameters `w_packed`, `w_scale` and, in nvfp4, `w_global_scale` (`ops/fp4`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from apt_model.core.errors import InputError
+from apt_model.core.options import require
+from apt_model.layers.packed_products import dequantize_in_slabs
+from apt_model.layers.packed_view import PackedView
+from apt_model.ops import fp4
+from apt_model.ops.fp4 import FORMATS, PackedWeight
+from apt_model.ops.fp4.format import row_blocks, row_bytes
+
+# What a packed weight can stand for.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PARTS = ("packed", "scale", "global_scale")
+
+
+class Slot(NamedTuple):
+    """A weight that a module keeps packed."""
+
+    shape: tuple[int, ...]  # [..., N, K]
+    swapped: bool  # its readers, and files in full precision, have [..., K, N]
+
+    @property
+    def seen_shape(self) -> tuple[int, ...]:
+        """The shape that readers see."""
+        *lead, rows, width = self.shape
+        return (*lead, width, rows) if self.swapped else self.shape
+
+
+def pack(weight: Tensor, form: str) -> PackedWeight:
+    """[..., N, K] -> its packed form, on the weight's device; a weight on meta gives tensors on meta."""
+    return empty(weight.shape, form, weight.device) if weight.is_meta else fp4.quantize(weight, form)
+
+
+def empty(shape: tuple[int, ...], form: str, device: torch.device | str | None = None) -> PackedWeight:
+    """Unfilled tensors for a weight [..., N, K]."""
+    of, (*lead, rows, width) = FORMATS[form], shape
+    packed = torch.empty(*lead, rows, row_bytes(width), dtype=torch.uint8, device=device)
+    scale = torch.empty(*lead, rows, row_blocks(width, of), dtype=of.scale_dtype, device=device)
+    divisor = torch.empty(*lead, 1, dtype=torch.float32, device=device) if of.has_global_scale else None
+    return PackedWeight(packed, scale, divisor, width)
+
+
+def tensors(weight: PackedWeight) -> dict[str, Tensor]:
+    """The tensors that there are, by the last part of their names."""
+    return {part: held for part, held in zip(PARTS, weight, strict=False) if isinstance(held, Tensor)}
+
+
+class PackedModule(nn.Module):
+    """A module some of whose weights are packed parameters: frozen, and never cast.
+
+    They are plain tensors, rows first, so that FSDP2, safetensors, deepcopy and `share_memory` take them as they are.
+    `dtype` is what the weights stand for; `.to(dtype)`, `.half()` and the like change it, and leave the packed tensors'
+    types alone. Loading a state dict with a full-precision weight quantises it; one with packed tensors takes them as
+    they are, all or none. `requires_grad_(True)` on a whole model is an error of torch's: bytes take no gradient.
+    """
+
+    format: str
+    dtype: torch.dtype
+    slots: dict[str, Slot]
+
+    def add_packed(self, name: str, weight: PackedWeight, *, swapped: bool = False) -> None:
+        """Keep `weight` as the parameters of `name`."""
+        self.slots[name] = Slot(tuple(weight.shape), swapped)
+        held = tensors(weight)
+        for part in PARTS:
+            made = nn.Parameter(held[part], requires_grad=False) if part in held else None
+            self.register_parameter(f"{name}_{part}", made)
+
+    def packed_weight(self, name: str) -> PackedWeight:
+        """The tensors of `name`, in their own types.
+
+        FSDP2 with `MixedPrecisionPolicy(param_dtype)` casts every float parameter while a module runs: scales are
+        cast back, which is exact; a global scale that is no power of two has then been rounded to bf16.
+        """
+        held: Mapping[str, Tensor | None] = self._parameters
+        packed, scale, divisor = held[f"{name}_packed"], held[f"{name}_scale"], held[f"{name}_global_scale"]
+        assert packed is not None
+        assert scale is not None
+        form = FORMATS[self.format]
+        if divisor is not None and divisor.dtype == torch.float16:
+            raise InputError(
+                f"{name}_global_scale: expected float32, got float16, in which it may not fit",
+                remedy="take bfloat16 for FSDP's param_dtype",
+            )
+        if scale.dtype != form.scale_dtype or (divisor is not None and divisor.dtype != torch.float32):
+            scale, divisor = scale.to(form.scale_dtype), None if divisor is None else divisor.to(torch.float32)
+        return PackedWeight(packed, scale, divisor, self.slots[name].shape[-1])
+
+    def weight_view(self, name: str) -> Tensor:
+        """`name` as its readers know it: a read-only view; a plain tensor while torch.compile traces."""
+        slot, weight = self.slots[name], self.packed_weight(name)
+        if not torch.compiler.is_compiling():
+            return PackedView(weight, self.dtype, swapped=slot.swapped)
+        values = dequantize_in_slabs(weight, self.dtype)
+        return values.mT if slot.swapped else values
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        slots: Mapping[str, Slot] = self.__dict__.get("slots", {})
+        if name in slots:
+            raise InputError(
+                f"{type(self).__name__}.{name} is packed in {self.format} and cannot be assigned",
+                remedy="load_state_dict quantises a full-precision weight",
+            )
+        if isinstance(value, nn.Parameter) and any(name == f"{slot}_{part}" for slot in slots for part in PARTS):
+            value.requires_grad_(False)  # loaders make every float tensor trainable
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
+        """Move as torch does, but keep the packed tensors' types."""
+        kept = {id(self._parameters[f"{slot}_{part}"]) for slot in self.slots for part in PARTS}
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if id(tensor) not in kept or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype  # not the default device: it may be meta
+        self.dtype = dtype if dtype in FLOATS else self.dtype
+        return self
+
+    def _load_from_state_dict(  # noqa: PLR0917 - torch's signature
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Quantise what came in full precision and check what came packed; with a fault nothing is loaded."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        whole = {name: state_dict[prefix + name] for name in self.slots if prefix + name in state_dict}
+        faults = [fault for name in self.slots if (fault := self._take(name, state_dict, prefix + name))]
+        if faults:
+            error_msgs.extend(faults)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for tensor in whole.values() if assign else ():
+            self.dtype = tensor.dtype
+
+    def _take(self, name: str, state: dict[str, Any], key: str) -> str | None:
+        """Make `state` hold what this module stores; what is wrong with it, or None."""
+        foreign = [each for each in state if each.startswith(f"{key}.")]
+        if foreign:
+            return (
+                f"{foreign[0]}: another quantiser's storage, whose codes are not these (bitsandbytes' FP4 and NF4 have "
+                "other values, and the high half of a byte first): dequantize it there and load what comes out."
+            )
+        given = {part: state[f"{key}_{part}"] for part in PARTS if f"{key}_{part}" in state}
+        if key not in state:
+            return self._fault_of_parts(name, key, given) if given else None
+        if given:
+            there = ", ".join(f"{key}_{part}" for part in given)
+            return f"{key} came in full precision and packed too ({there}): give one of the two."
+        return self._quantize_into(name, state, key)
+
+    def _fault_of_parts(self, name: str, key: str, given: dict[str, Any]) -> str | None:
+        expected = tensors(empty(self.slots[name].shape, self.format, "meta"))
+        missing = [f"{key}_{part}" for part in expected if part not in given]
+        if missing:
+            return f"{', '.join(missing)} missing beside {key}_{next(iter(given))}: {self.format} needs it."
+        if len(given) > len(expected):
+            return f"{key}_global_scale: {self.format} has none; this weight is in another format."
+        for part, like in expected.items():
+            if describe(given[part]) != describe(like):
+                return f"{key}_{part}: expected {describe(like)} in {self.format}, got {describe(given[part])}."
+        return None
+
+    def _quantize_into(self, name: str, state: dict[str, Any], key: str) -> str | None:
+        slot, weight, held = self.slots[name], state.pop(key), self._parameters[f"{name}_packed"]
+        assert held is not None
+        if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or weight.shape != slot.seen_shape:
+            expected = f"a float16, bfloat16, float32 or float64 {list(slot.seen_shape)}"
+            return f"{key}: expected {expected}, or packed tensors, got {describe(weight)}."
+        weight = weight if held.is_meta or weight.is_meta else weight.to(held.device)
+        try:
+            made = pack(weight.detach().mT if slot.swapped else weight.detach(), self.format)
+        except InputError as error:
+            return f"{key}: {error.message}."
+        state.update({f"{key}_{part}": tensor for part, tensor in tensors(made).items()})
+        return None
+
+
+def describe(value: object) -> str:
+    """Type and shape of a tensor, as errors name them."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_dtype(dtype: torch.dtype, where: str) -> torch.dtype:
+    """Return `dtype` if a packed weight can stand for it; else raise `ConfigError`."""
+    require(dtype in FLOATS, f"{where}.dtype", "float16, bfloat16, float32 or float64", dtype)
+    return dtype

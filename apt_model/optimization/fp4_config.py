@@ -1,0 +1,83 @@
+"""What `quantize` is told, and what it reports. Imports no torch."""
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from apt_model.core.options import check_types
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP4Config:
+    """How `quantize` treats a model. A value that cannot be met raises `ConfigError`."""
+
+    format: Literal["nvfp4", "mxfp4"] = "nvfp4"
+    """nvfp4: 4.5 bits a weight. mxfp4: 4.25 bits, and about twice the squared error."""
+    skip: tuple[str, ...] = ("lm_head",)
+    """What stays as it is: patterns (*, ?), each held against every run of whole parts of a module's dotted name, as in
+    "lm_head", "visual", "layers.0.mlp", "layers.*.down_proj"."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be met."""
+        check_types(self)
+
+
+def covers(pattern: str, name: str) -> bool:
+    """Whether a pattern of `skip` covers the module with this dotted name, itself or as a part of it."""
+    parts = name.split(".")
+    ends = range(1, len(parts) + 1)
+    return any(fnmatch.fnmatchcase(".".join(parts[i:j]), pattern) for j in ends for i in range(j))
+
+
+class Skipped(NamedTuple):
+    """A module or parameter that stays as it was."""
+
+    name: str
+    reason: str
+    size: int  # bytes
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'} ({self.reason}; {size_text(self.size)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeReport:
+    """What `quantize` did to a model; as a text, one line a finding."""
+
+    format: str
+    quantized: tuple[str, ...]
+    """Modules whose weights are in 4 bits now."""
+    asked: tuple[Skipped, ...]
+    """Left as they are because of `FP4Config.skip`."""
+    skipped: tuple[Skipped, ...]
+    """Linear layers and experts that could not be quantised."""
+    others: tuple[Skipped, ...]
+    """Matrices of modules that are no linear layers."""
+    frozen: int
+    """Weights that were trainable before."""
+    bytes_before: int
+    """Of all parameters and buffers."""
+    bytes_after: int
+    """The same, afterwards."""
+
+    def __str__(self) -> str:
+        sizes = f"{size_text(self.bytes_before)} -> {size_text(self.bytes_after)} in parameters and buffers"
+        lines = [f"{self.format}: {len(self.quantized)} modules quantised, {sizes}"]
+        if self.frozen:
+            lines.append(f"frozen now, trainable before: {self.frozen} weights")
+        for what, left in (
+            ("left as asked", self.asked),
+            ("could not be quantised", self.skipped),
+            ("no linear layers", self.others),
+        ):
+            if left:
+                lines.append(f"{what}: {', '.join(map(str, left))}")
+        return "\n".join(lines)
+
+
+def size_text(size: int) -> str:
+    """Bytes, as a report names them."""
+    for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size} bytes"
