@@ -24,7 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from apt_model.ops.fp4 import naive
 from apt_model.ops.fp4.format import PackedWeight
 from apt_model.ops.fp4.kernel_decode import decode_kernel, layouts
-from apt_model.ops.fp4.kernel_tile import tile_kernel, tile_layouts
+from apt_model.ops.fp4.kernel_tile import tile_kernel
 from apt_model.ops.fp4.layout import shuffle
 from benchmarks import record
 
@@ -46,18 +46,25 @@ def random_packed(n, k, form):
 
 def constants(setting, block, bias, activation):
     """Compile-time arguments and warps of a setting (kind, ..., pdl)."""
+    gated = activation == "swiglu"
     if setting[0] == "decode":
-        _, kw, bm, split, pdl = setting
-        fixed = {"SPLIT": split, "KW": kw, "BM": bm, **layouts(kw, bm, block)}
-        warps = 4 * kw
+        _, wg, bm, kept, ahead, split, pdl = setting
+        fixed = {"SPLIT": split, "WG": wg, "BM": bm, "KEPT": kept, "AHEAD": ahead, **layouts(wg, bm, block, gated, 2)}
     else:
         _, wg, bm, c, stages, ahead, split, pdl = setting
-        fixed = {"SPLIT": split, "WG": wg, "C": c, "BM": bm, "STAGES": stages, "AHEAD": ahead, **tile_layouts(wg, bm, block, gated=activation == "swiglu")}
-        warps = 4 * wg
+        fixed = {"SPLIT": split, "WG": wg, "C": c, "BM": bm, "STAGES": stages, "AHEAD": ahead, **layouts(wg, bm, block, gated, 3)}
+        del fixed["x_layout"]
+    warps = 4 * wg
     return {
         "BLOCK": block, "HAS_BIAS": bias, "ACTIVATION": CODES[activation], "PDL": bool(pdl), **fixed, "num_warps": warps,
         "launch_pdl": bool(pdl),
     }  # fmt: skip
+
+
+def grouped(x, kept, bm):
+    """x [M, K] as [K / 64, M, 64]."""
+    m, k = x.shape
+    return TensorDescriptor(x, [k // 64, m, 64], [64, x.stride(0), 1], [kept * 4, bm, 64], gl.NVMMASharedLayout(128, 16, 3))
 
 
 def launch(x, s, out, setting, bias=None, activation=None):
@@ -66,10 +73,13 @@ def launch(x, s, out, setting, bias=None, activation=None):
     tiles, groups = s.words.shape[:2]
     m, n = x.shape[0], out.shape[1]
     options = constants(setting, s.block, bias is not None, activation)
-    operands = (x, s.words, s.scales, s.alpha, bias, out, STATE["partial"], STATE["counters"], m, n, x.shape[1], x.stride(0), groups)
     if setting[0] == "decode":
-        split = setting[3]
-        decode_kernel[(tiles, split)](*operands, -(-groups // split), **options)
+        _, wg, bm, kept, _, split, _ = setting
+        desc = grouped(x, kept, bm) if kept else x
+        decode_kernel[(-(-tiles // wg), split)](
+            desc, s.words, s.scales, s.alpha, bias, out, STATE["partial"], STATE["counters"], m, n, x.shape[1], x.stride(0),
+            groups, -(-groups // split), **options,
+        )  # fmt: skip
     else:
         _, wg, bm, c, _, _, split, _ = setting
         chunks = -(-x.shape[1] // 64)
@@ -83,14 +93,15 @@ def launch(x, s, out, setting, bias=None, activation=None):
 
 
 def warm(settings, block):
+    x = torch.empty(256, 4096, device="cuda", dtype=torch.bfloat16)
     for setting in settings:
         options = constants(setting, block, False, None)
         types = (torch.int32, torch.int32, torch.float32, None, torch.bfloat16, torch.float32, torch.int32)
         try:
             if setting[0] == "decode":
-                decode_kernel.warmup(torch.bfloat16, *types, 3, 4096, 4096, 4096, 16, 4, grid=(1,), **options)
+                desc = grouped(x, setting[3], setting[2]) if setting[3] else None
+                decode_kernel.warmup(desc if setting[3] else torch.bfloat16, *types, 3, 4096, 4096, 4096, 16, 4, grid=(1,), **options)
             else:
-                x = torch.empty(256, 4096, device="cuda", dtype=torch.bfloat16)
                 desc = TensorDescriptor.from_tensor(x, [setting[2], 64 * setting[3]], gl.NVMMASharedLayout(128, 16, 2))
                 tile_kernel.warmup(desc, *types, 3, 4096, 16, 64, 4, grid=(1,), **options)
         except Exception as error:  # noqa: BLE001 - a setting that does not fit the machine
@@ -103,23 +114,25 @@ def candidates(n, k, m, kinds):
     found = []
     if "decode" in kinds and m <= 16:
         bm = 8 if m <= 8 else 16
-        for kw, split, pdl in itertools.product((1, 2, 4), (1, 2, 3, 4, 6, 8), (0, 1)):
+        for wg, split, ahead in itertools.product((1, 2, 4), (1, 2, 4, 8, 16), (4, 8)):
             per = -(-groups // split)
-            if -(-groups // per) == split and per >= kw and 132 * 6 <= tiles * split * kw * 4 <= 132 * 48:
-                found.append(("decode", kw, bm, split, pdl))
+            warps = -(-tiles // wg) * split * wg * 4
+            if -(-groups // per) != split or bm * 512 * per > 132_000 or per & (per - 1) or tiles % wg or not 132 * 8 <= warps <= 132 * 96:
+                continue
+            found.append(("decode", wg, bm, per, ahead, split, 1))
     if "tile" in kinds and m > 1:
         for wg, bm, c, stages, split in itertools.product((1, 2, 4), (16, 32, 64, 128, 256), (1, 2, 4), (3, 4, 5), (1, 2, 3, 4, 6, 8)):
             steps = k // 64 // c
             per = -(-steps // split)
             m_tiles, n_tiles = -(-m // bm), -(-tiles // wg)
             warps = m_tiles * n_tiles * split * wg * 4
-            if wg * bm > 512 or (wg, bm) in ((4, 128), (1, 256)) or bm * 64 * c * 2 * stages > 200_000 or c * bm < 64 or c * bm > 512:
+            if wg * bm > 512 or (wg, bm) == (1, 256) or bm * 64 * c * 2 * stages > 200_000 or c * bm < 64 or c * bm > 512:
                 continue
             if -(-steps // per) != split or per < 4 or tiles % wg or bm >= 2 * max(m, 9) or (c == 1 and bm < 256):
                 continue
             if (m > 32 and bm < 64) or (m > 64 and bm < 128) or warps < 132 * 4 or (split > 1 and warps > 132 * 24):
                 continue
-            found.append(("tile", wg, bm, c, stages, 4 if wg * bm > 256 else 5, split, 1))
+            found.append(("tile", wg, bm, c, stages, 2 if wg * bm >= 512 and wg > 2 else 4 if wg * bm > 256 else 5, split, 1))
     return found
 
 

@@ -88,11 +88,17 @@ class _Step(torch.autograd.Function):
         if upstream is None:
             return (None,) * 6
         gates, scale, delta = ctx.saved_tensors
-        return (upstream, *_gradient(upstream, gates, scale, delta, ctx.delta_dtype), None, None, None)
+        wants_scale = ctx.needs_input_grad[2]
+        return (upstream, *_gradient(upstream, gates, scale, delta, ctx.delta_dtype, wants_scale), None, None, None)
 
 
-def _gradient(
-    upstream: Tensor, gates: Tensor, scale: Tensor | None, delta: Tensor | None, dtype: torch.dtype
+def _gradient(  # noqa: PLR0917 - as they were saved
+    upstream: Tensor,
+    gates: Tensor,
+    scale: Tensor | None,
+    delta: Tensor | None,
+    dtype: torch.dtype,
+    wants_scale: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of delta and of scale."""
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted: operations that have one
@@ -113,7 +119,9 @@ def _gradient(
             upstream, delta, scale, gates, grad_delta, shares, rows, width,
             HAS_SCALE=scale is not None, **_launch(width),
         )  # fmt: skip
-    return grad_delta, None if shares is None or scale is None else shares.sum(dim=0).to(scale.dtype)
+    if shares is None or scale is None or not wants_scale:
+        return grad_delta, None
+    return grad_delta, shares.sum(dim=0).to(scale.dtype)
 
 
 def _launch(width: int) -> dict[str, int]:
