@@ -14,6 +14,7 @@ from apt_model.core.tensor_files import Entry
 from apt_model.integrations.fp4_plan import COMPRESSED_TENSORS, EMBEDDING, HEAD, Decision, layer_of
 from apt_model.integrations.outline import EXPERTS, LINEAR, TRANSPOSED, Outline
 from apt_model.integrations.tensor_io import FLOATS
+from apt_model.layers.fp4_experts import EXPERT_WEIGHTS
 from apt_model.ops.fp4.format import Format
 
 # Kept in full precision by name, whoever knows the model: small beside their effect, as everyone who quantises has it.
@@ -117,7 +118,8 @@ class _Chooser:
             return kind, f"{_MATRICES[kind]} of {self.outline.source}" if kind in _MATRICES else kind
         layer = layer_of(name)
         if len(entry.shape) == 3:
-            return (EXPERTS, "fused experts, by their name") if ".experts." in name else ("", "it has 3 dimensions")
+            fused = ".experts." in name and name.rpartition(".")[2] in EXPERT_WEIGHTS
+            return (EXPERTS, "fused experts, by their name") if fused else ("", "it has 3 dimensions")
         if not name.endswith(".weight"):
             return "", "it is not called weight"
         for pattern, why in _UNLIKELY:

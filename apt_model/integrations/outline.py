@@ -3,13 +3,14 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from apt_model.core.fp4_storage import CONFIG_FILE
 from apt_model.core.tensor_folders import read_json
+from apt_model.layers.fp4_experts import EXPERT_WEIGHTS
 
 LINEAR, TRANSPOSED, EXPERTS = "linear", "transposed", "experts"
 
@@ -105,7 +106,6 @@ def _kind(module: nn.Module, part: str, *, is_head: bool) -> str:
         return LINEAR
     if part == "weight" and type(module).__name__ == "Conv1D":
         return TRANSPOSED
-    parameter: Any = getattr(module, part, None)
-    if isinstance(parameter, torch.Tensor) and parameter.ndim == 3:
+    if part in EXPERT_WEIGHTS and getattr(getattr(module, part, None), "ndim", 0) == 3:
         return EXPERTS
     return f"of a {type(module).__name__}"

@@ -30,7 +30,7 @@ from apt_model.trainer.runs import SavedModel, resume_command, step_folder, step
 FORMAT = 1
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, STATE)
-FILES = (*MODEL_FILES, OPTIMIZER)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER, STATE)
 
 
 class Checkpoint(NamedTuple):

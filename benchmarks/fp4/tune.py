@@ -52,7 +52,15 @@ def constants(setting, block, bias, activation):
         fixed = {"SPLIT": split, "WG": wg, "BM": bm, "KEPT": kept, "AHEAD": ahead, **layouts(wg, bm, block, gated, 2)}
     else:
         _, wg, bm, c, stages, ahead, split, pdl = setting
-        fixed = {"SPLIT": split, "WG": wg, "C": c, "BM": bm, "STAGES": stages, "AHEAD": ahead, **layouts(wg, bm, block, gated, 3)}
+        fixed = {
+            "SPLIT": split,
+            "WG": wg,
+            "C": c,
+            "BM": bm,
+            "STAGES": stages,
+            "AHEAD": ahead,
+            **layouts(wg, bm, block, gated, 3),
+        }
         del fixed["x_layout"]
     warps = 4 * wg
     return {
@@ -62,14 +70,18 @@ def constants(setting, block, bias, activation):
 
 
 def grouped(x, kept, bm):
-    """x [M, K] as [K / 64, M, 64]."""
+    """X [M, K] as [K / 64, M, 64]."""
     m, k = x.shape
-    return TensorDescriptor(x, [k // 64, m, 64], [64, x.stride(0), 1], [kept * 4, bm, 64], gl.NVMMASharedLayout(128, 16, 3))
+    return TensorDescriptor(
+        x, [k // 64, m, 64], [64, x.stride(0), 1], [kept * 4, bm, 64], gl.NVMMASharedLayout(128, 16, 3)
+    )
 
 
 def launch(x, s, out, setting, bias=None, activation=None):
     if not STATE:
-        STATE.update(counters=torch.zeros(65536, dtype=torch.int32, device="cuda"), partial=torch.empty(2**27, device="cuda"))
+        STATE.update(
+            counters=torch.zeros(65536, dtype=torch.int32, device="cuda"), partial=torch.empty(2**27, device="cuda")
+        )
     tiles, groups = s.words.shape[:2]
     m, n = x.shape[0], out.shape[1]
     options = constants(setting, s.block, bias is not None, activation)
@@ -100,7 +112,9 @@ def warm(settings, block):
         try:
             if setting[0] == "decode":
                 desc = grouped(x, setting[3], setting[2]) if setting[3] else None
-                decode_kernel.warmup(desc if setting[3] else torch.bfloat16, *types, 3, 4096, 4096, 4096, 16, 4, grid=(1,), **options)
+                decode_kernel.warmup(
+                    desc if setting[3] else torch.bfloat16, *types, 3, 4096, 4096, 4096, 16, 4, grid=(1,), **options
+                )
             else:
                 desc = TensorDescriptor.from_tensor(x, [setting[2], 64 * setting[3]], gl.NVMMASharedLayout(128, 16, 2))
                 tile_kernel.warmup(desc, *types, 3, 4096, 16, 64, 4, grid=(1,), **options)
@@ -117,22 +131,38 @@ def candidates(n, k, m, kinds):
         for wg, split, ahead in itertools.product((1, 2, 4), (1, 2, 4, 8, 16), (4, 8)):
             per = -(-groups // split)
             warps = -(-tiles // wg) * split * wg * 4
-            if -(-groups // per) != split or bm * 512 * per > 132_000 or per & (per - 1) or tiles % wg or not 132 * 8 <= warps <= 132 * 96:
+            if (
+                -(-groups // per) != split
+                or bm * 512 * per > 132_000
+                or per & (per - 1)
+                or tiles % wg
+                or not 132 * 8 <= warps <= 132 * 96
+            ):
                 continue
             found.append(("decode", wg, bm, per, ahead, split, 1))
     if "tile" in kinds and m > 1:
-        for wg, bm, c, stages, split in itertools.product((1, 2, 4), (16, 32, 64, 128, 256), (1, 2, 4), (3, 4, 5), (1, 2, 3, 4, 6, 8)):
+        for wg, bm, c, stages, split in itertools.product(
+            (1, 2, 4), (16, 32, 64, 128, 256), (1, 2, 4), (3, 4, 5), (1, 2, 3, 4, 6, 8)
+        ):
             steps = k // 64 // c
             per = -(-steps // split)
             m_tiles, n_tiles = -(-m // bm), -(-tiles // wg)
             warps = m_tiles * n_tiles * split * wg * 4
-            if wg * bm > 512 or (wg, bm) == (1, 256) or bm * 64 * c * 2 * stages > 200_000 or c * bm < 64 or c * bm > 512:
+            if (
+                wg * bm > 512
+                or (wg, bm) == (1, 256)
+                or bm * 64 * c * 2 * stages > 200_000
+                or c * bm < 64
+                or c * bm > 512
+            ):
                 continue
             if -(-steps // per) != split or per < 4 or tiles % wg or bm >= 2 * max(m, 9) or (c == 1 and bm < 256):
                 continue
             if (m > 32 and bm < 64) or (m > 64 and bm < 128) or warps < 132 * 4 or (split > 1 and warps > 132 * 24):
                 continue
-            found.append(("tile", wg, bm, c, stages, 2 if wg * bm >= 512 and wg > 2 else 4 if wg * bm > 256 else 5, split, 1))
+            found.append(
+                ("tile", wg, bm, c, stages, 2 if wg * bm >= 512 and wg > 2 else 4 if wg * bm > 256 else 5, split, 1)
+            )
     return found
 
 
@@ -166,7 +196,10 @@ def main() -> None:
         packed = random_packed(n, k, form)
         first = shuffle(packed)
         copies = max(2, -(-400_000_000 // (first.words.nbytes + first.scales.nbytes)))
-        rotating = [first, *(first._replace(words=first.words.clone(), scales=first.scales.clone()) for _ in range(copies - 1))]
+        rotating = [
+            first,
+            *(first._replace(words=first.words.clone(), scales=first.scales.clone()) for _ in range(copies - 1)),
+        ]
         dense = [w, *(w.clone() for _ in range(max(1, 400_000_000 // w.nbytes)))]
         for m in options.ms:
             if time.time() - begin > options.seconds:
@@ -200,13 +233,28 @@ def main() -> None:
                     print("WRONG", shape, m, setting, error, flush=True)
                     continue
                 found.append((seconds, setting, error))
-                rows.append({"shape": shape, "format": form, "m": m, "setting": setting, "us": seconds * 1e6, "ratio": bf16 / seconds})
+                rows.append(
+                    {
+                        "shape": shape,
+                        "format": form,
+                        "m": m,
+                        "setting": setting,
+                        "us": seconds * 1e6,
+                        "ratio": bf16 / seconds,
+                    }
+                )
             found.sort()
             traffic = first.words.nbytes + first.scales.nbytes
             for kind in options.kinds:
                 best = [each for each in found if each[1][0] == kind][:3]
-                print(f"{shape} {form} M={m}: bf16 {bf16 * 1e6:.1f} us; " + "; ".join(
-                    f"{'-'.join(map(str, s))} {t * 1e6:.2f} us {bf16 / t:.2f}x {traffic / t / 1e12:.2f} TB/s" for t, s, e in best), flush=True)
+                print(
+                    f"{shape} {form} M={m}: bf16 {bf16 * 1e6:.1f} us; "
+                    + "; ".join(
+                        f"{'-'.join(map(str, s))} {t * 1e6:.2f} us {bf16 / t:.2f}x {traffic / t / 1e12:.2f} TB/s"
+                        for t, s, e in best
+                    ),
+                    flush=True,
+                )
         del rotating, dense
     if options.out:
         (options.out / "tune.json").write_text(json.dumps(rows))

@@ -84,6 +84,23 @@ class CudaDevice(Device):
         """NVIDIA: compute capability 8.0 (Ampere) or later. AMD: yes, as torch itself answers for ROCm."""
         return self.is_rocm() or torch.cuda.get_device_capability(self.index) >= (8, 0)
 
+    def compute_capability(self) -> tuple[int, int]:
+        """NVIDIA's number for what the GPU can do, (9, 0) for Hopper; (0, 0) for AMD."""
+        return (0, 0) if self.is_rocm() else torch.cuda.get_device_capability(self.index)
+
+    def multiprocessors(self) -> int:
+        """How many programs run side by side at least."""
+        return int(torch.cuda.get_device_properties(self.index).multi_processor_count)
+
+    @staticmethod
+    def is_capturing() -> bool:
+        """Whether the current stream records a CUDA graph."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def stream(self) -> int:
+        """The driver's handle of the current stream."""
+        return int(torch.cuda.current_stream(self.index).cuda_stream)
+
 
 def _platform() -> str | None:
     """What this torch was built for, with its version, or None."""

@@ -118,9 +118,10 @@ def unpack(packed: Tensor, in_features: int) -> Tensor:
 
 
 def code_values(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What each code stands for."""
-    table = torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)], dtype=dtype, device=codes.device)
-    return table[codes.long()]
+    """What each code stands for; by arithmetic, as a table would have to be brought to the device."""
+    high, low = ((codes >> 1) & 3).to(torch.int32), (codes & 1).to(torch.int32)
+    twice = torch.where(high == 0, low, (2 + low) << (high - 1).clamp_min(0)).to(dtype)
+    return torch.where(codes >= 8, -0.5, 0.5).to(dtype) * twice
 
 
 def scale_values(scale: Tensor) -> Tensor:

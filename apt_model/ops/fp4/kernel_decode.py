@@ -9,7 +9,10 @@ that no weight passes through shared memory. For NVIDIA GPUs from compute capabi
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from apt_model.ops.fp4.kernel_names import barrier, reinterpret, tma_load
 
 # What ACTIVATION says.
 RELU, GELU, GELU_TANH, SILU, SWIGLU = (gl.constexpr(code) for code in range(1, 6))
@@ -47,60 +50,85 @@ mov.b32 {$6, $7}, d;
 """)
 
 
+# The same for fp16: E2M1's bits in its places are the value times 2^-14, the scale's are s * 2^7, and the product's
+# factor is 2^-7 again. The codes' order is made for bf16, so this takes five operations more a word.
+DECODE_FP16 = gl.constexpr("""
+{
+.reg .b32 w, v, a, b, c, d, z, u, l;
+.reg .b16 s, t;
+mov.b32 z, 0x80008000;
+mov.b32 {s, t}, $9;
+mov.b32 u, {s, s};
+mov.b32 l, {t, t};
+and.b32 w, $8, 0x01C001C0;
+shl.b32 w, w, 3;
+lop3.b32 a, $8, 0x80008000, w, 0xEA;
+shl.b32 w, $8, 6;
+and.b32 w, w, 0x0E000E00;
+shl.b32 v, $8, 3;
+lop3.b32 b, v, 0x80008000, w, 0xEA;
+shl.b32 w, $8, 9;
+and.b32 w, w, 0x0E000E00;
+shl.b32 v, $8, 6;
+lop3.b32 c, v, 0x80008000, w, 0xEA;
+and.b32 w, $8, 0x0C000C00;
+shr.u32 v, $8, 4;
+lop3.b32 w, v, 0x02000200, w, 0xEA;
+shl.b32 v, $8, 1;
+lop3.b32 d, v, 0x80008000, w, 0xEA;
+fma.rn.f16x2 a, a, u, z;
+fma.rn.f16x2 b, b, l, z;
+fma.rn.f16x2 c, c, u, z;
+fma.rn.f16x2 d, d, l, z;
+mov.b32 {$0, $1}, a;
+mov.b32 {$2, $3}, b;
+mov.b32 {$4, $5}, c;
+mov.b32 {$6, $7}, d;
+}
+""")
+
+
 @gluon.jit
-def expand_scales(packed, BLOCK: gl.constexpr):
-    """Words of four bytes [..., places] -> words of two bf16, for rows g and g + 8, one a product: [..., 4]."""
+def expand_scales(packed, BLOCK: gl.constexpr, FP16: gl.constexpr):
+    """Words of four bytes [P, w, g, places] -> words of two bf16, for rows g and g + 8, one a product: [P, w, g, j]."""
+    P: gl.constexpr = packed.shape[0]
     even, odd = packed & 0x00FF00FF, (packed >> 8) & 0x00FF00FF
-    if BLOCK == 16:
-        even, odd = even * 16 + 0x70007000, odd * 16 + 0x70007000
-        return gl.join(even, odd)  # [..., 2, 2]
+    if FP16:
+        s = gl.join(even * 128, odd * 128)  # P w g 2 2
+    elif BLOCK == 16:
+        s = gl.join(even * 16 + 0x70007000, odd * 16 + 0x70007000)  # P w g 2 2
     else:
-        both = gl.join(even * 128, odd * 128)  # [..., 1, 2]: a block is two products long
-        return both.permute([0, 1, 2, 3, 5, 4])
+        s = gl.join(even * 128, odd * 128)  # P w g 1 2: a block is two products long
+        s = gl.join(s, s)
+    return s.reshape([P, 4, 8, 4])
 
 
 @gluon.jit
-def fragments(words, scales, ROWS: gl.constexpr, C: gl.constexpr, BLOCK: gl.constexpr, mma: gl.constexpr):
-    """Words [P, C * 512] and scale words [P, C * 64 or C * 32] of C chunks -> weights, the first operand of a product.
-
-    With ROWS = 1 the P parts are slices of the inputs: [P, 64, C * 64]. Otherwise they lie below one another, and C is
-    1: [P * 64, 64].
-    """
-    P: gl.constexpr = words.shape[0]
+def fragments(words, scales, P: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr, mma: gl.constexpr):
+    """Words [P, 512] and scale words [P, 64 or 32] of a chunk -> weights [P * 64, 64], a product's first operand."""
     PLACES: gl.constexpr = 32 // BLOCK
-    q = words.reshape([P, C, 4, 8, 4, 4])  # P c w g t j
-    s = scales.reshape([P, 4, 8, C, PLACES]).permute([0, 3, 1, 2, 4])  # P c w g .
-    if BLOCK == 16:
-        s = expand_scales(s, BLOCK).reshape([P, C, 4, 8, 4])
-    else:
-        s = expand_scales(s, BLOCK).reshape([P, C, 4, 8, 2, 1])
-        s = gl.join(s, s).reshape([P, C, 4, 8, 4])
-    s = gl.convert_layout(s, gl.SliceLayout(4, q.type.layout), assert_trivial=True)
-    s, q = gl.broadcast(s.expand_dims(4), q)
+    q = words.reshape([P, 4, 8, 4, 4])  # P w g t j
+    s = expand_scales(scales.reshape([P, 4, 8, PLACES]), BLOCK, FP16)
+    s = gl.convert_layout(s, gl.SliceLayout(3, q.type.layout), assert_trivial=True)
+    s, q = gl.broadcast(s.expand_dims(3), q)
     # Named by h, r, i.
-    w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
-        DECODE_BF16,
-        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
-        [q, s],
-        dtype=(
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-        ),
-        is_pure=True,
-        pack=1,
-    )
-    w00, w01, w10, w11 = gl.join(w000, w001), gl.join(w010, w011), gl.join(w100, w101), gl.join(w110, w111)
-    w = gl.join(gl.join(w00, w01), gl.join(w10, w11))  # P c w g t j i r h
-    if ROWS == 1:
-        w = w.permute([0, 2, 7, 3, 1, 5, 8, 4, 6]).reshape([P, 64, C * 64])  # P w r g c j h t i
+    if FP16:
+        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
+            DECODE_FP16, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
+            is_pure=True, pack=1,
+        )  # fmt: skip
     else:
-        w = w.permute([0, 2, 7, 3, 1, 5, 8, 4, 6]).reshape([P * 64, 64])
+        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
+            DECODE_BF16, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
+            dtype=(
+                gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16
+            ),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    w00, w01, w10, w11 = gl.join(w000, w001), gl.join(w010, w011), gl.join(w100, w101), gl.join(w110, w111)
+    w = gl.join(gl.join(w00, w01), gl.join(w10, w11))  # P w g t j i r h
+    w = w.permute([0, 1, 6, 2, 4, 7, 3, 5]).reshape([P * 64, 64])  # P w r g j h t i
     return gl.convert_layout(w, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
 
 
@@ -120,34 +148,75 @@ def activate(y, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
-def finish(y, tile, out_ptr, bias_ptr, alpha, M, N, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BM: gl.constexpr):
-    """Sums [64, BM] of one tile -> scaled, with bias and activation, to out [M, N]."""
+def finish(
+    y, tile, m_first, out_ptr, bias_ptr, alpha, M, N,
+    HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr, BM: gl.constexpr, out_layout: gl.constexpr,
+):  # fmt: skip
+    """Sums [ROWS, BM] of one tile -> scaled, with bias and activation, to out [M, N]."""
     y *= alpha
-    n = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, y.type.layout))
-    m = gl.arange(0, BM, gl.SliceLayout(0, y.type.layout))[None, :]
+    n = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
     if ACTIVATION == SWIGLU:
-        # Rows 16 w + g are of the gate, 16 w + 8 + g of the up projection: output row 8 w + g.
-        row = n // 16 * 8 + n % 8 + (n % 16) // 8 * N
+        # Rows 16 i + g are of the gate, 16 i + 8 + g of the up projection: output row 8 i + g.
         half = n // 16 * 8 + n % 8
         if HAS_BIAS:
-            y += gl.load(bias_ptr + row, mask=half < N, other=0).to(gl.float32)[:, None]
-        pair = y.reshape([4, 2, 8, BM]).permute([0, 2, 3, 1])
-        gate, up = gl.split(pair)
-        z = (gate / (1 + gl.exp(-gate)) * up).reshape([32, BM])
-        rows = tile * 32 + gl.arange(0, 32, gl.SliceLayout(1, z.type.layout))[:, None]
-        m = gl.arange(0, BM, gl.SliceLayout(0, z.type.layout))[None, :]
-        gl.store(out_ptr + m * N + rows, z.to(out_ptr.dtype.element_ty), mask=(m < M) & (rows < N))
+            y += gl.load(bias_ptr + half + (n % 16) // 8 * N, mask=half < N, other=0).to(gl.float32)[:, None]
+        gate, up = gl.split(y.reshape([ROWS // 16, 2, 8, BM]).permute([0, 2, 3, 1]))
+        z = (gate / (1 + gl.exp(-gate)) * up).reshape([ROWS // 2, BM])
+        z = gl.convert_layout(z.to(out_ptr.dtype.element_ty), out_layout)
+        rows = tile * (ROWS // 2) + gl.arange(0, ROWS // 2, gl.SliceLayout(1, out_layout))[:, None]
     else:
         if HAS_BIAS:
             y += gl.load(bias_ptr + n, mask=n < N, other=0).to(gl.float32)[:, None]
-        y = activate(y, ACTIVATION)
-        n = n[:, None]
-        gl.store(out_ptr + m * N + n, y.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))
+        z = gl.convert_layout(activate(y, ACTIVATION).to(out_ptr.dtype.element_ty), out_layout)
+        rows = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))[:, None]
+    m = m_first + gl.arange(0, BM, gl.SliceLayout(0, out_layout))[None, :]
+    gl.store(out_ptr + m.to(gl.int64) * N + rows, z, mask=(m < M) & (rows < N))
+
+
+@gluon.jit
+def finish_split(
+    y, tile, slot, split, m_first, out_ptr, bias_ptr, partial_ptr, counter_ptr, alpha, M, N, SPLIT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr, BM: gl.constexpr, out_layout: gl.constexpr,
+):  # fmt: skip
+    """As `finish`, for one of SPLIT slices of the inputs.
+
+    The slices' sums go to memory, and the last program of a tile to arrive adds them in fixed order: one launch, and
+    the same bits every time.
+    """
+    if SPLIT == 1:
+        finish(y, tile, m_first, out_ptr, bias_ptr, alpha, M, N, HAS_BIAS, ACTIVATION, ROWS, BM, out_layout)
+    else:
+        row = gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))[:, None]
+        column = gl.arange(0, BM, gl.SliceLayout(0, y.type.layout))[None, :]
+        slot_ptr = partial_ptr + slot.to(gl.int64) * (SPLIT * ROWS * BM) + column * ROWS + row
+        gl.store(slot_ptr + split * (ROWS * BM), y, mask=m_first + column < M)
+        barrier()
+        arrived = gl.atomic_add(counter_ptr + slot, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLIT - 1:
+            gl.store(counter_ptr + slot, 0)
+            total = gl.zeros_like(y)
+            for other in gl.static_range(SPLIT):
+                total += gl.load(slot_ptr + other * (ROWS * BM), mask=m_first + column < M, other=0)
+            finish(total, tile, m_first, out_ptr, bias_ptr, alpha, M, N, HAS_BIAS, ACTIVATION, ROWS, BM, out_layout)
+
+
+@gluon.jit
+def load_chunk(words_ptr, scales_ptr, chunk, SCALES: gl.constexpr):
+    """Codes and scales of the 64 inputs of one chunk."""
+    words = gl.load(words_ptr + chunk * 512)
+    return words, gl.load(scales_ptr + (chunk >> 2) * SCALES + (chunk & 3) * (SCALES // 128))
+
+
+@gluon.jit
+def beside(at, SCALES: gl.constexpr):
+    """Where a chunk's scale words lie: a lane has those of the four chunks of a group side by side."""
+    LANE: gl.constexpr = SCALES // 128
+    return at // LANE * (4 * LANE) + at % LANE
 
 
 @gluon.jit(do_not_specialize=["M", "groups", "groups_per_split"])
 def decode_kernel(
-    x_ptr,
+    x,
     words_ptr,
     scales_ptr,
     alpha_ptr,
@@ -162,101 +231,114 @@ def decode_kernel(
     groups,
     groups_per_split,
     SPLIT: gl.constexpr,
-    KW: gl.constexpr,
+    WG: gl.constexpr,
     BM: gl.constexpr,
+    KEPT: gl.constexpr,
+    AHEAD: gl.constexpr,
     BLOCK: gl.constexpr,
+    FP16: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     PDL: gl.constexpr,
     words_layout: gl.constexpr,
     scales_layout: gl.constexpr,
     x_layout: gl.constexpr,
+    out_layout: gl.constexpr,
     mma: gl.constexpr,
 ):
-    """Tile program_id(0) of 64 rows, slice program_id(1) of the inputs; M is at most BM.
+    """Tile program_id(0) of WG * 64 rows, slice program_id(1) of the inputs; M is at most BM.
 
-    KW warps a row of warps take groups in turn. With SPLIT > 1 the slices' sums go to memory, and the last program of a
-    tile to arrive adds them in fixed order: one launch, and the same bits every time.
+    With KEPT > 0 the slice has at most so many groups, and `x` is a tensor descriptor of [chunks, M, 64], whose slice
+    is brought to shared memory at once. Otherwise `x` is a pointer, and every warp reads what it needs.
     """
     SCALES: gl.constexpr = 4096 // BLOCK
+    TYPE: gl.constexpr = gl.float16 if FP16 else gl.bfloat16
     tile, split = gl.program_id(0), gl.program_id(1)
-    first = split * groups_per_split
-    last = gl.minimum(first + groups_per_split, groups)
-    base = tile.to(gl.int64) * groups
-    kw_words = gl.arange(0, KW, gl.SliceLayout(1, words_layout))[:, None]
-    at_words = gl.arange(0, 2048, gl.SliceLayout(0, words_layout))[None, :]
-    kw_scales = gl.arange(0, KW, gl.SliceLayout(1, scales_layout))[:, None]
-    at_scales = gl.arange(0, SCALES, gl.SliceLayout(0, scales_layout))[None, :]
-    words_ptr += base * 2048
-    scales_ptr += base * SCALES
-    kw_x = gl.arange(0, KW, gl.SliceLayout(1, gl.SliceLayout(2, x_layout)))[:, None, None]
-    m = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, x_layout)))[None, :, None]
-    k = gl.arange(0, 256, gl.SliceLayout(0, gl.SliceLayout(1, x_layout)))[None, None, :]
-    acc = gl.zeros([KW, 64, BM], gl.float32, mma)
-    # Past the end the last group is read again; x is 0 there.
-    words = gl.load(words_ptr + gl.minimum(first + kw_words, last - 1) * 2048 + at_words)
-    scales = gl.load(scales_ptr + gl.minimum(first + kw_scales, last - 1) * SCALES + at_scales)
+    first = split * groups_per_split * 4
+    last = gl.minimum(first + groups_per_split * 4, groups * 4)
+    wg_words = gl.arange(0, WG, gl.SliceLayout(1, words_layout))[:, None]
+    at_words = gl.arange(0, 512, gl.SliceLayout(0, words_layout))[None, :]
+    wg_scales = gl.arange(0, WG, gl.SliceLayout(1, scales_layout))[:, None]
+    at_scales = beside(gl.arange(0, SCALES // 4, gl.SliceLayout(0, scales_layout))[None, :], SCALES)
+    words_ptr += (tile * WG + wg_words).to(gl.int64) * groups * 2048 + at_words
+    scales_ptr += (tile * WG + wg_scales).to(gl.int64) * groups * SCALES + at_scales
+    words = ()
+    scales = ()
+    # Past the end the last chunk is read again and not used.
+    for i in gl.static_range(AHEAD):
+        q, s = load_chunk(words_ptr, scales_ptr, gl.minimum(first + i, last - 1), SCALES)
+        words = words + (q,)
+        scales = scales + (s,)
+    if KEPT > 0:
+        shared = gl.allocate_shared_memory(TYPE, [KEPT * 4, BM, 64], x.layout)
+        full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(full, count=1)
     if PDL:
         # The next launch may start to load its weights; this one has, and now waits for whoever makes x.
         gdc_launch_dependents()
         gdc_wait()
-    for group in range(first, last, KW):
-        after = group + KW
-        next_words = gl.load(words_ptr + gl.minimum(after + kw_words, last - 1) * 2048 + at_words)
-        next_scales = gl.load(scales_ptr + gl.minimum(after + kw_scales, last - 1) * SCALES + at_scales)
-        at = (group + kw_x) * 256 + k
-        x = gl.load(x_ptr + m * stride_x + at, mask=(m < M) & (at < K) & (group + kw_x < last), other=0)
-        b = gl.convert_layout(x.permute([0, 2, 1]), gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
-        acc = mma_v2(fragments(words, scales, 1, 4, BLOCK, mma), b, acc)
-        words, scales = next_words, next_scales
-    y = gl.sum(acc, axis=0)
-    alpha = gl.load(alpha_ptr)
-    if SPLIT == 1:
-        finish(y, tile, out_ptr, bias_ptr, alpha, M, N, HAS_BIAS, ACTIVATION, BM)
+    if KEPT > 0:
+        mbarrier.expect(full, KEPT * BM * 512)
+        tma_load(x, [first, 0, 0], full, shared)
+        kept = reinterpret(shared, TYPE, KEPT * 4, BM, 64, gl.NVMMASharedLayout(128, 16, 2))
+        mbarrier.wait(full, 0)
     else:
-        row = gl.arange(0, 64, gl.SliceLayout(1, y.type.layout))[:, None]
-        column = gl.arange(0, BM, gl.SliceLayout(0, y.type.layout))[None, :]
-        slot_ptr = partial_ptr + tile.to(gl.int64) * (SPLIT * 64 * BM) + column * 64 + row
-        gl.store(slot_ptr + split * (64 * BM), y, mask=column < M)
-        gl.thread_barrier()
-        arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT - 1:
-            gl.store(counter_ptr + tile, 0)
-            total = gl.zeros_like(y)
-            for other in gl.static_range(SPLIT):
-                total += gl.load(slot_ptr + other * (64 * BM), mask=column < M, other=0)
-            finish(total, tile, out_ptr, bias_ptr, alpha, M, N, HAS_BIAS, ACTIVATION, BM)
+        m = gl.arange(0, BM, gl.SliceLayout(1, x_layout))[:, None]
+        k = gl.arange(0, 64, gl.SliceLayout(0, x_layout))[None, :]
+    acc = gl.zeros([WG * 64, BM], gl.float32, mma)
+    for group in range(first, last, 4):
+        for c in gl.static_range(4):
+            q, s = load_chunk(words_ptr, scales_ptr, gl.minimum(group + c + AHEAD, last - 1), SCALES)
+            if KEPT > 0:
+                b = kept.index(group - first + c).permute((1, 0)).load(gl.DotOperandLayout(1, mma, 2))
+            else:
+                at = (group + c) * 64 + k
+                b = gl.load(x + m * stride_x + at, mask=(m < M) & (at < K), other=0).permute([1, 0])
+                b = gl.convert_layout(b, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+            acc = mma_v2(fragments(words[0], scales[0], WG, BLOCK, FP16, mma), b, acc)
+            words = words[1:] + (q,)
+            scales = scales[1:] + (s,)
+    finish_split(
+        acc, tile, tile, split, 0, out_ptr, bias_ptr, partial_ptr, counter_ptr, gl.load(alpha_ptr), M, N, SPLIT,
+        HAS_BIAS, ACTIVATION, WG * 64, BM, out_layout,
+    )  # fmt: skip
 
 
-def _doublings(count: int, place: list[int]) -> list[list[int]]:
-    return [[step << i for step in place] for i in range(count.bit_length() - 1)]
+@gluon.constexpr_function
+def _powers(count):
+    return [1 << i for i in range(count.bit_length() - 1)]
 
 
-def layouts(kw: int, bm: int, block: int) -> dict[str, object]:
-    """Who holds what, for `kw` warps along the inputs and `bm` rows of x."""
-    scales = 4096 // block
-    lane = scales // 32  # words of a lane
+@gluon.constexpr_function
+def layouts(wg, bm, block, gated, version):
+    """Who holds what, for `wg` times four warps with 64 rows, and `bm` rows of x; `version` as of the instruction."""
+    scales = 1024 // block  # words a chunk
+    rows = wg * 64 // (2 if gated else 1)
+    along = min(rows // 8, 32)
+    groups = [[each, 0] for each in _powers(wg)]
+    narrow = bm == 8
     return {
         "words_layout": gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 512], [0, 1024]],
-            [[0, 4 << i] for i in range(5)],
-            [[0, 128], [0, 256], *_doublings(kw, [1, 0])],
-            [],
-            [kw, 2048],
+            [[0, 1], [0, 2]], [[0, 4 << i] for i in range(5)], [[0, 128], [0, 256], *groups], [], [wg, 512]
         ),
         "scales_layout": gl.DistributedLinearLayout(
-            [[0, 1 << i] for i in range(lane.bit_length() - 1)],
-            [[0, 0], [0, 0], *([0, lane << i] for i in range(3))],
-            [[0, scales // 4], [0, scales // 2], *_doublings(kw, [1, 0])],
+            [[0, each] for each in _powers(scales // 32)],
+            [[0, 0], [0, 0], *([0, scales // 32 << i] for i in range(3))],
+            [[0, scales // 4], [0, scales // 2], *groups],
             [],
-            [kw, scales],
+            [wg, scales],
         ),
         "x_layout": gl.DistributedLinearLayout(
-            [[0, 0, each] for each in (1, 8, 16, 32, 64, 128)] + _doublings(bm // 8, [0, 8, 0]),
-            [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-            [[0, 0, 0], [0, 0, 0], *_doublings(kw, [1, 0, 0])],
+            [[0, each] for each in (1, 8, 16, 32)] + [[8 * each, 0] for each in _powers(bm // 8)],
+            [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+            [[0, 0]] * (1 + wg.bit_length()),
             [],
-            [kw, bm, 256],
+            [bm, 64],
         ),
-        "mma": gl.NVMMADistributedLayout([2, 0], [kw, 4, 1], [1, 16, 8]),
+        "out_layout": gl.BlockedLayout([1, 1], [32, 1], [4, wg], [0, 1])
+        if narrow
+        else gl.BlockedLayout([8, 1], [along, 32 // along], [1, 4 * wg], [0, 1]),
+        "mma": gl.NVMMADistributedLayout([2, 0], [4 * wg, 1], [16, 8])
+        if version == 2
+        else gl.NVMMADistributedLayout([3, 0], [4 * wg, 1], [16, bm, 16]),
     }

@@ -1,7 +1,7 @@
 """A weight in the order in which the matrix units want it: made on the device at first use, never stored.
 
-The operand of one product over 16 inputs gives lane 4 g + t of a warp the weights of rows g and g + 8 at inputs 8 h + 2 t
-+ i. Those eight codes are one word, and the words of four products, 64 inputs, are what a lane loads at once.
+The operand of one product over 16 inputs gives lane 4 g + t of a warp the weights of rows g and g + 8 at inputs
+8 h + 2 t + i. Those eight codes are one word, and the words of four products, 64 inputs, are what a lane loads at once.
 
 # Shape suffix legend
 #   n = tiles of 64 rows, G = groups of 256 inputs, w = the 4 warps of a tile, c = the 4 chunks of 64 inputs of a group,
@@ -21,7 +21,7 @@ GROUP_INPUTS = 256
 # A word holds eight codes, in the order in which three shifts and one mask bring them to bf16's places: for each of the
 # four pairs (h, r) the bits of sign, high, middle and low, in either half of the word.
 _BITS = (((15, 8, 7, 6), (12, 5, 4, 3)), ((9, 2, 1, 0), (14, 11, 10, 13)))
-# Scales are kept times this, so that E4M3's subnormal values become normal: s * 2^7 in 5 bits of exponent and 3 of mantissa.
+# Scales are kept times this, so that E4M3's subnormal values become normal: 5 bits of exponent and 3 of mantissa.
 _SCALE_FACTOR = 2.0**7
 # The largest byte whose exponent, moved by this, still fits bf16's 8 bits.
 _E8M0_MOVE = 119

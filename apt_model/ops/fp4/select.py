@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_model.core.errors import InputError
-from apt_model.ops.fp4 import naive
+from apt_model.ops.fp4 import launch, naive, slab
 from apt_model.ops.fp4.format import PackedWeight
+from apt_model.ops.fp4.slab import HAS_TRITON
+from apt_model.ops.fp4.tables import Decode
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "swiglu")
 
@@ -35,7 +37,37 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activati
     return _forward(x, weight, bias, activation)
 
 
+def explain(rows: int, weight: PackedWeight, dtype: torch.dtype, activation: str | None = None) -> str:
+    """One line: what computes `rows` rows of x in `dtype` with this weight, where the weight is, and why."""
+    shape = f"{rows} x {weight.in_features} by {weight.packed.shape[0]} x {weight.in_features} in {weight.format.name}"
+    if not slab.usable(weight.packed, dtype):
+        why = f"there is no kernel for {dtype} on {weight.packed.device.type}" + (
+            "" if HAS_TRITON else " without Triton"
+        )
+        return f"{shape}: the definition in torch, since {why}"
+    setting = launch.choose(rows, weight, dtype)
+    if setting is None:
+        return f"{shape}: slabs of the weight unpacked to {dtype} for torch's own product"
+    if not launch.lives(weight):
+        return f"{shape}: slabs unpacked, since this weight is made anew for every call"
+    kind = "decode (weights to registers)" if isinstance(setting, Decode) else "tile (x through shared memory)"
+    return f"{shape}: fused kernel {kind}, {setting}" + (f", with {activation}" if activation else "")
+
+
 def _forward(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None) -> Tensor:
+    if not slab.usable(x, x.dtype) or x.numel() == 0:
+        return _definition(x, weight, bias, activation)
+    flat = x.reshape(-1, weight.in_features)
+    setting = launch.choose(len(flat), weight, x.dtype)
+    order = None if setting is None else launch.shuffled(weight, gated=activation == "swiglu")
+    if setting is None or order is None:
+        out = slab.linear(flat, weight, bias, activation)
+    else:
+        out = launch.run(flat, order, bias, activation, setting)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _definition(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None) -> Tensor:
     """The definition, a slab of rows at a time."""
     if activation == "swiglu" or weight.packed.shape[0] * weight.in_features <= naive.SLAB_WEIGHTS:
         return naive.linear(x, weight, bias, activation)
@@ -48,6 +80,8 @@ def _forward(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: s
 
 def _input_gradient(upstream: Tensor, weight: PackedWeight) -> Tensor:
     """dL/dx = upstream W, [..., K] in the type of `upstream`, a slab of rows at a time."""
+    if slab.usable(upstream, upstream.dtype) and upstream.numel():
+        return slab.input_gradient(upstream.flatten(0, -2), weight).view(*upstream.shape[:-1], weight.in_features)
     wide = torch.promote_types(upstream.dtype, torch.float32)
     total = upstream.new_zeros(*upstream.shape[:-1], weight.in_features, dtype=wide)
     for i, rows in _slabs(weight):
@@ -97,7 +131,7 @@ def linear_gradient(upstream: Tensor, weight: PackedWeight) -> Tensor:
 
 
 @torch.library.custom_op("apt::fp4_linear", mutates_args=())
-def _operator(
+def _operator(  # noqa: PLR0917 - an operator's operands have places
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -110,15 +144,8 @@ def _operator(
 
 
 @_operator.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    global_scale: Tensor | None,
-    in_features: int,
-    bias: Tensor | None,
-    activation: str | None,
-) -> Tensor:
+def _(x: Tensor, packed: Tensor, *others: Any) -> Tensor:
+    activation = others[-1]
     out = packed.shape[0] // 2 if activation == "swiglu" else packed.shape[0]
     return x.new_empty((*x.shape[:-1], out))
 
@@ -131,11 +158,11 @@ def _gradient_operator(
 
 
 @_gradient_operator.register_fake
-def _(upstream: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor | None, in_features: int) -> Tensor:
-    return upstream.new_empty((*upstream.shape[:-1], in_features))
+def _(upstream: Tensor, *weight: Any) -> Tensor:
+    return upstream.new_empty((*upstream.shape[:-1], weight[-1]))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - torch names them
     _, packed, scale, global_scale, in_features, bias, _ = inputs
     ctx.in_features = in_features
     ctx.save_for_backward(packed, scale, global_scale, bias)

@@ -1,0 +1,190 @@
+"""Which kernel for how many rows on which GPU, and its launch."""
+
+import functools
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+
+from apt_model.core.system.cuda import CudaDevice
+from apt_model.ops.fp4.format import NVFP4, PackedWeight
+from apt_model.ops.fp4.layout import Shuffled, shuffle
+from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
+
+# Above this many rows of x unpacking a slab and torch's own product are faster.
+MOST_ROWS = 1536
+CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "swiglu": 5}
+_BUCKETS = (8, 16, 32, 64, 128, 256, 1024)
+_FEW = 16  # rows of x up to which a product is bound by reading the weights
+_HOPPER = (9, 0)
+_AMPERE = (8, 0)
+# Partial sums are kept for so many fp32 numbers a stream, and tiles are counted in so many counters.
+_COUNTERS = 1 << 16
+_shuffled: dict[int, tuple[tuple[int, ...], Shuffled]] = {}
+_counters: dict[tuple[int | None, int], Tensor] = {}
+
+
+def choose(rows: int, weight: PackedWeight, dtype: torch.dtype) -> Decode | Tile | None:
+    """The launch for `rows` rows of x in `dtype`, or None where unpacking a slab is the way."""
+    capability, processors = _facts(weight.packed.device.index)
+    out_rows, in_features = weight.shape
+    half = dtype == torch.bfloat16 or (dtype == torch.float16 and weight.format is NVFP4)
+    if capability < _AMPERE or not half:
+        return None
+    if capability != _HOPPER:
+        # wgmma and what reads x from shared memory are Hopper's own; the rest runs wherever mma.sync does.
+        return _decode(rows, out_rows, in_features, processors, keep=False) if rows <= _FEW else None
+    if rows > MOST_ROWS:
+        return None
+    bucket = next(each for each in (*_BUCKETS, MOST_ROWS) if rows <= each)
+    return _hopper(bucket, out_rows, in_features, processors)
+
+
+@functools.cache
+def _facts(index: int | None) -> tuple[tuple[int, int], int]:
+    device = CudaDevice(index)
+    return device.compute_capability(), device.multiprocessors()
+
+
+@functools.cache
+def _hopper(x_rows: int, out_rows: int, in_features: int, processors: int) -> Decode | Tile:
+    known = HOPPER.get((out_rows, in_features, x_rows if x_rows < MOST_ROWS else 1024))
+    if known is not None:
+        return known
+    if x_rows <= _FEW:
+        return _decode(x_rows, out_rows, in_features, processors, keep=in_features % 64 == 0)
+    tiles, chunks = -(-out_rows // 64), -(-in_features // 64)
+    bm = 32 if x_rows <= 32 else 64 if x_rows <= 64 else 128 if x_rows <= 128 else 256
+    wg = 1 if bm <= 64 else 2
+    if bm == 256 and -(-x_rows // 256) * -(-tiles // 2) < processors:
+        bm = 128
+    c, stages = {32: (4, 3), 64: (4, 3), 128: (4, 3), 256: (2, 3)}[bm]
+    programs = -(-x_rows // bm) * -(-tiles // wg)
+    wanted = processors * (2 if bm <= 64 else 1)
+    steps = -(-chunks // c)
+    split = 1
+    while split < 8 and programs * split * 2 <= wanted * 1.1 and steps // (split * 2) >= 4:
+        split *= 2
+    return Tile(wg, bm, c, stages, 5 if wg * bm <= 256 else 4, split)
+
+
+def _decode(x_rows: int, out_rows: int, in_features: int, processors: int, *, keep: bool) -> Decode:
+    """Enough warps for a third of what the GPU holds, in pieces that leave few idle at the end."""
+    tiles, groups = -(-out_rows // 64), -(-in_features // 256)
+    bm = 8 if x_rows <= 8 else 16
+    wg = 4 if tiles >= processors // 2 and bm == 8 else 2 if tiles >= 2 else 1
+    per = 1 << (groups - 1).bit_length()
+    limit = 8 if bm == 8 else 4
+    while per > 1 and (per > 2 * limit or (tiles * -(-groups // per) * 4 < processors * 24 and per > 2)):
+        per //= 2
+    return Decode(wg, bm, per if keep else 0, 4, -(-groups // per))
+
+
+def lives(weight: PackedWeight) -> bool:
+    """Whether the weight stays between calls, so that another order of it is worth making."""
+    return isinstance(weight.packed, nn.Parameter)
+
+
+def shuffled(weight: PackedWeight, *, gated: bool) -> Shuffled | None:
+    """The kernels' order of a weight that lives on: made at its first use, again when it was written to.
+
+    None for a weight that is made anew for every call (a view, an expert picked from a stack), and while a CUDA graph
+    is recorded before the first use.
+    """
+    packed, scale = weight.packed, weight.scale
+    if not lives(weight):
+        return None
+    writes = packed._version, scale._version  # noqa: SLF001 - torch's counts
+    state = (packed.data_ptr(), *writes, int(gated), *weight.shape)
+    key = id(packed)
+    found = _shuffled.get(key)
+    if found is not None and found[0] == state:
+        return found[1]
+    if CudaDevice.is_capturing():
+        return None
+    made = shuffle(PackedWeight(packed.detach(), scale.detach(), *weight[2:]), gated=gated)
+    if found is None:
+        finalize(packed, _shuffled.pop, key, None)
+    _shuffled[key] = (state, made)
+    return made
+
+
+def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Tensor:
+    """act(x W^T + bias), x [M, K] -> [M, N] (swiglu: [M, N / 2])."""
+    from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: PLC0415
+
+    from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
+    from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
+
+    tiles, groups = weight.words.shape[:2]
+    while tiles % setting.wg:  # every warpgroup has its 64 rows
+        setting = setting._replace(wg=setting.wg // 2)
+    described = isinstance(setting, Tile) or setting.kept > 0
+    x = _aligned(x) if described else x.contiguous()
+    (m, k), index = x.shape, x.device.index
+    out = x.new_empty(m, weight.out_features // (2 if weight.gated else 1))
+    rows, capability = tiles // setting.wg, _facts(index)[0]
+    spots = rows * (-(-m // setting.bm))
+    partial = None
+    if setting.split > 1:
+        partial = x.new_empty(spots * setting.split * setting.wg * 64 * setting.bm, dtype=torch.float32)
+    counters = _counter(x.device, spots)
+    common = {
+        "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "AHEAD": setting.ahead, "BLOCK": weight.block,
+        "FP16": x.dtype == torch.float16, "HAS_BIAS": bias is not None, "ACTIVATION": CODES[activation],
+        "PDL": capability >= _HOPPER, "launch_pdl": capability >= _HOPPER, "num_warps": 4 * setting.wg,
+    }  # fmt: skip
+    operands = (weight.words, weight.scales, weight.alpha, bias, out, partial, counters)
+    with torch.accelerator.device_index(index):
+        if isinstance(setting, Tile):
+            given = _layouts(setting.wg, setting.bm, weight.block, weight.gated, 3)
+            shape, layout = [setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)
+            chunks = -(-k // 64)
+            steps = -(-chunks // setting.c)
+            tile_kernel[(-(-m // setting.bm), rows, setting.split)](
+                TensorDescriptor.from_tensor(x, shape, layout), *operands, m, out.shape[1], groups, chunks,
+                -(-steps // setting.split), C=setting.c, STAGES=setting.stages, **common, **given,
+            )  # fmt: skip
+        else:
+            given = _layouts(setting.wg, setting.bm, weight.block, weight.gated, 2)
+            source = x
+            if setting.kept:
+                block, layout = [setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)
+                source = TensorDescriptor(x, [k // 64, m, 64], [64, x.stride(0), 1], block, layout)
+            decode_kernel[(rows, setting.split)](
+                source, *operands, m, out.shape[1], k, x.stride(0), groups, -(-groups // setting.split),
+                KEPT=setting.kept, **common, **given,
+            )  # fmt: skip
+    return out
+
+
+@functools.cache
+def _layouts(wg: int, bm: int, block: int, gated: bool, version: int) -> dict[str, Any]:
+    from apt_model.ops.fp4.kernel_decode import layouts  # noqa: PLC0415
+
+    given = dict(layouts(wg, bm, block, gated, version))
+    if version == 3:
+        del given["x_layout"]
+    return given
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """X as a tensor descriptor takes it: rows side by side, each at a multiple of 16 bytes, whole chunks wide."""
+    pad = -x.shape[1] % 64
+    if pad:
+        return torch.nn.functional.pad(x, (0, pad))
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        return x.contiguous() if x.data_ptr() % 16 == 0 or not x.is_contiguous() else x.clone()
+    return x
+
+
+def _counter(device: torch.device, spots: int) -> Tensor:
+    """Zeros, which every launch leaves as it found them: one set a stream, so that streams do not meet."""
+    key = (device.index, CudaDevice(device.index).stream())
+    if spots > _COUNTERS:
+        return torch.zeros(spots, dtype=torch.int32, device=device)
+    if key not in _counters:
+        _counters[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    return _counters[key]

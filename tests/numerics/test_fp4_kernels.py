@@ -1,0 +1,296 @@
+"""The FP4 products against `naive.py` on the same operands: what runs without a GPU here, the rest with one."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from apt_model.ops import fp4
+from apt_model.ops.fp4 import launch, naive, select, slab
+from apt_model.ops.fp4.format import PackedWeight
+from apt_model.ops.fp4.layout import shuffle
+from apt_model.ops.fp4.tables import Decode, Tile
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+SIZES = (1, 63, 1000, 4097)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
+HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
+ERRORS = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+"""Norm of the difference over the norm: fp32 sums in another order, and one rounding of the result."""
+
+
+def packed(rows, width, form="nvfp4", seed=0, *, divisor=48.0):
+    """Random codes, zero blocks and scales over many binades among them; a divisor that is no power of two."""
+    draw = torch.Generator().manual_seed(seed)
+    block = 16 if form == "nvfp4" else 32
+    codes = torch.randint(0, 256, (rows, -(-width // 16) * 8), generator=draw, dtype=torch.uint8)
+    if width % 16:
+        codes[:, width // 2 + width % 2 :] = 0
+        if width % 2:
+            codes[:, width // 2] &= 15
+    low, high = (0x08, 0x60) if form == "nvfp4" else (110, 130)
+    scale = torch.randint(low, high, (rows, -(-width // block)), generator=draw, dtype=torch.uint8)
+    if form == "mxfp4":
+        return _to(PackedWeight(codes, scale, None, width))
+    scale[::7, ::5] = 0
+    return _to(PackedWeight(codes, scale.view(torch.float8_e4m3fn), torch.full((1,), divisor), width))
+
+
+def _to(weight):
+    first = nn.Parameter(weight.packed.to(DEVICE), requires_grad=False)
+    return PackedWeight(first, *(None if x is None else x.to(DEVICE) for x in weight[1:3]), weight.in_features)
+
+
+def rows_of(count, width, dtype=torch.bfloat16, seed=1):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_near(got, expected, dtype):
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    error = float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+    assert error < ERRORS[dtype], f"{error:.1e}"
+
+
+# The kernels' order, undone by what the kernels do with it.
+
+
+def undone(order):
+    words = order.words.to(torch.int64) & 0xFFFFFFFF
+    scales = order.scales.to(torch.int64) & 0xFFFFFFFF
+    even, odd = scales & 0x00FF00FF, (scales >> 8) & 0x00FF00FF
+    if order.block == 16:
+        pairs = torch.stack((even * 16 + 0x70007000, odd * 16 + 0x70007000), dim=-1).flatten(-2)
+    else:
+        pairs = torch.stack((even * 128, odd * 128), dim=-1).flatten(-2).repeat_interleave(2, dim=-1)
+    tiles, groups = words.shape[:2]
+    out = torch.zeros(tiles, 4, 2, 8, groups, 4, 4, 2, 4, 2, dtype=torch.float64)  # n w r g G c j h t i
+    mask = 0x81C081C0
+    fields = {
+        (0, 0): words & mask,
+        (0, 1): (words << 3) & mask,
+        (1, 0): (words << 6) & mask,
+        (1, 1): ((words >> 7) & 0x00400040) | ((words >> 3) & 0x01800180) | ((words << 1) & 0x80008000),
+    }
+    for (h, r), i in itertools.product(fields, range(2)):
+        value = _bf16(fields[h, r] >> (16 * i))
+        scale = _bf16(pairs >> (16 * r)).permute(0, 1, 4, 2, 3, 5).unsqueeze(5)
+        product = value * scale
+        assert torch.equal(product.bfloat16().double(), product), "code times scale is exact in bf16"
+        out[:, :, r, :, :, :, :, h, :, i] = (product * order.alpha.double()).permute(0, 3, 4, 1, 2, 6, 5)
+    return out.reshape(tiles * 64, groups * 256)
+
+
+def _bf16(bits):
+    return (bits & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.bfloat16).double()
+
+
+@pytest.mark.skipif(CUDA, reason="the same without a GPU")
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 17), (130, 300), (64, 256), (63, 1000)])
+def test_the_kernels_order_holds_every_weight_once(rows, width, form):
+    weight = packed(rows, width, form, divisor=64.0)
+    values = undone(shuffle(weight))
+    assert torch.equal(values[:rows, :width].float(), naive.dequantize(weight, torch.float32))
+    assert not values[rows:].any()
+    assert not values[:, width:].any()
+
+
+@pytest.mark.skipif(CUDA, reason="the same without a GPU")
+def test_gate_and_up_take_turns_of_eight_rows():
+    weight = packed(20, 40, divisor=64.0)
+    values, plain = undone(shuffle(weight, gated=True)).float(), naive.dequantize(weight, torch.float32)
+    assert torch.equal(values[:8, :40], plain[:8])
+    assert torch.equal(values[8:16, :40], plain[10:18])
+    assert torch.equal(values[16:18, :40], plain[8:10])
+    assert torch.equal(values[24:26, :40], plain[18:])
+    assert not values[18:24].any()
+
+
+# Unpacking slabs.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 63), (5, 1000), (2, 4097)])
+def test_unpacking_is_the_definition_bit_for_bit(rows, width, form, dtype):
+    if not CUDA and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts bits off where a GPU rounds")
+    weight = packed(rows, width, form)
+    memory = torch.full((rows, width), torch.nan, device=DEVICE, dtype=dtype)
+    got = slab.unpack(weight, memory)
+    assert torch.equal(got, naive.dequantize(weight, dtype))
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+def test_a_part_of_the_rows_and_columns(form):
+    weight = packed(9, 200, form)
+    got = slab.unpack(weight, torch.full((3, 50), torch.nan, device=DEVICE), row=4, column=64)
+    assert torch.equal(got, naive.dequantize(weight, torch.float32)[4:7, 64:114])
+    got = slab.unpack(weight, torch.full((30, 8), torch.nan, device=DEVICE), row=4, column=192)
+    assert torch.equal(got, naive.dequantize(weight, torch.float32)[4:, 192:])
+
+
+def test_unpacking_knows_every_scale():
+    for form, dtype in (("nvfp4", torch.float8_e4m3fn), ("mxfp4", torch.uint8)):
+        block = 16 if form == "nvfp4" else 32
+        scale = torch.arange(256, dtype=torch.uint8)[None].to(DEVICE).view(dtype)
+        codes = torch.full((1, 256 * block // 2), 0x2A, dtype=torch.uint8, device=DEVICE)  # -1 and 1
+        divisor = torch.ones(1, device=DEVICE) if form == "nvfp4" else None
+        weight = PackedWeight(codes, scale, divisor, 256 * block)
+        got = slab.unpack(weight, torch.empty(1, 256 * block, device=DEVICE))
+        torch.testing.assert_close(got, naive.dequantize(weight, torch.float32), rtol=0, atol=0, equal_nan=True)
+
+
+# What is chosen.
+
+
+def test_what_a_cpu_does_is_said():
+    weight = packed(5, 17)
+    text = select.explain(3, PackedWeight(weight.packed.cpu(), weight.scale.cpu(), None, 17), torch.bfloat16)
+    assert text.startswith("3 x 17 by 5 x 17 in nvfp4: the definition in torch, since there is no kernel")
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
+def test_what_a_gpu_does_is_said(mark):
+    weight = packed(128, 256)
+    assert "fused kernel decode" in select.explain(1, weight, torch.bfloat16)
+    assert "slabs of the weight unpacked to torch.float32" in select.explain(1, weight, torch.float32)
+    assert "slabs of the weight" in select.explain(10_000, weight, torch.bfloat16)
+    view = weight._replace(packed=weight.packed[:64], scale=weight.scale[:64])
+    assert "made anew" in select.explain(1, view, torch.bfloat16)
+
+
+# On a GPU.
+
+
+def settings():
+    yield from (Decode(1, 8, 0, 4, 1), Decode(2, 8, 0, 4, 2), Decode(1, 16, 0, 4, 1))
+    if HOPPER:
+        yield from (Decode(1, 8, 16, 4, 1), Decode(2, 16, 2, 8, 8), Tile(1, 16, 4, 3, 5, 1), Tile(1, 64, 2, 4, 5, 2))
+        yield from (
+            Tile(2, 128, 4, 3, 5, 1),
+            Tile(2, 256, 2, 3, 4, 1),
+            Tile(4, 64, 2, 3, 5, 3),
+            Tile(2, 128, 1, 4, 4, 1),
+        )
+
+
+@pytest.mark.parametrize("setting", [pytest.param(each, marks=gpu) for each in settings()] or [None])
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+def test_every_launch_is_the_definition_over_odd_sizes(setting, form):
+    if setting is None or not CUDA:
+        pytest.skip("needs a CUDA device")
+    for rows, width in itertools.product(SIZES, SIZES):
+        weight, bias = packed(rows, width, form), rows_of(1, rows, seed=3)[0]
+        order = shuffle(weight)
+        if isinstance(setting, Decode) and setting.kept and (width % 64 or width > 256 * setting.kept * setting.split):
+            width = 1024  # noqa: PLW2901 - x in shared memory wants whole chunks
+            weight = packed(rows, width, form)
+            order = shuffle(weight)
+        for count in {1, min(setting.bm, 63), *((setting.bm + 7,) if isinstance(setting, Tile) else ())}:
+            x = rows_of(count, width)
+            results = [launch.run(x, order, bias, None, setting) for _ in range(2)]
+            assert torch.equal(*results), "not the same bits twice"
+            assert_near(results[0], naive.linear(x.double(), weight, bias.double()), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=gpu), torch.float16, torch.float32])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu", "swiglu"])
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+def test_every_activation_at_every_number_of_rows(form, activation, dtype):
+    if not CUDA:
+        pytest.skip("needs a CUDA device")
+    weight, bias = packed(1000, 960, form), rows_of(1, 1000, dtype, seed=3)[0]
+    scale = 0.02 / float(naive.dequantize(weight, torch.float32).std())
+    for count in (1, 7, 16, 33, 100, 300, 2000):
+        x = rows_of(count, 960, dtype) * scale
+        got = fp4.linear(x, weight, bias, activation)
+        assert_near(got, naive.linear(x.double(), weight, bias.double(), activation), dtype)
+
+
+@pytest.mark.parametrize("count", [pytest.param(each, marks=gpu) for each in (1, 16, 64, 300, 2000)])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's imports
+def test_gradients_are_the_definition_s(count, how):
+    weight, upstream = packed(1000, 960), rows_of(count, 1000, seed=5)
+    function = lambda x, b: fp4.linear(x, weight, b, "silu")  # noqa: E731
+    if how == "compiled":
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True)
+    results = []
+    for run, dtype in ((function, torch.bfloat16), (lambda x, b: naive.linear(x, weight, b, "silu"), torch.float64)):
+        x = (rows_of(count, 960) * 1e-3).to(dtype).requires_grad_()
+        bias = rows_of(1, 1000, seed=3)[0].to(dtype).requires_grad_()
+        results.append(torch.autograd.grad(run(x, bias), [x, bias], upstream.to(dtype)))
+    for got, expected in zip(*results, strict=True):
+        error = float((got.double() - expected).norm() / expected.norm())
+        assert error < 8e-3, f"{error:.1e}: bf16 through one activation and one product"
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=gpu), torch.float16, torch.float32])
+def test_the_gradient_comes_in_slabs_of_columns(dtype, monkeypatch):
+    if not CUDA:
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr(slab, "SLAB_BYTES", 2**16)
+    weight, upstream = packed(300, 1000), rows_of(33, 300, dtype) * 1e-2
+    expected = upstream.double() @ naive.dequantize(weight, torch.float64)
+    assert_near(slab.input_gradient(upstream, weight), expected, dtype)
+
+
+@pytest.mark.parametrize("count", [pytest.param(each, marks=gpu) for each in (1, 16, 64, 300)])
+def test_a_row_does_not_depend_on_the_others(count):
+    weight = packed(320, 512)
+    x = rows_of(count, 512)
+    alone = fp4.linear(x, weight)
+    others = x.clone()
+    others[1:] = torch.nan
+    assert torch.equal(fp4.linear(others, weight)[0], alone[0])
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
+def test_a_weight_that_was_written_to_is_ordered_anew(mark):
+    weight, x = packed(128, 256), rows_of(1, 256)
+    before = fp4.linear(x, weight)
+    with torch.no_grad():
+        weight.packed.copy_(packed(128, 256, seed=9).packed)
+    after = fp4.linear(x, weight)
+    assert not torch.equal(before, after)
+    assert_near(after, naive.linear(x.double(), weight), torch.bfloat16)
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
+def test_the_other_order_dies_with_its_weight(mark):
+    weight, x = packed(128, 256), rows_of(1, 256)
+    fp4.linear(x, weight)
+    key = id(weight.packed)
+    assert key in launch._shuffled
+    del weight
+    assert key not in launch._shuffled
+
+
+@pytest.mark.parametrize("count", [pytest.param(each, marks=gpu) for each in (1, 64, 2000)])
+def test_in_a_cuda_graph(count):
+    weight, x = packed(320, 512), rows_of(count, 512)
+    expected = fp4.linear(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fp4.linear(x, weight)
+    x.copy_(rows_of(count, 512, seed=8))
+    graph.replay()
+    assert not torch.equal(out, expected)
+    assert torch.equal(out, fp4.linear(x, weight))
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
+def test_many_rows_take_one_slab_of_memory(mark):
+    weight, x = packed(16384, 4096), rows_of(2048, 4096)
+    fp4.linear(x, weight)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = fp4.linear(x, weight)
+    assert torch.cuda.max_memory_allocated() - before <= out.nbytes + slab.SLAB_BYTES + 2**20
