@@ -79,7 +79,9 @@ def _clone(packed: fp4.PackedWeight) -> fp4.PackedWeight:
 
 def ours(weight: Tensor, limit: int | None = None, *, form: str) -> Operand:
     packed, nbytes, error = _packed(weight, form)
-    copies = [_clone(packed) for _ in range(copies_of(nbytes, limit))]
+    # A parameter, as a layer holds it: what lives on is brought into the kernels' order once.
+    clones = [_clone(packed) for _ in range(copies_of(nbytes, limit))]
+    copies = [each._replace(packed=torch.nn.Parameter(each.packed, requires_grad=False)) for each in clones]
     calls = [partial(fp4.linear, weight=each) for each in copies]
     return Operand(calls, lambda x: naive.linear(x.float(), packed), nbytes, error)
 

@@ -196,6 +196,7 @@ def test_under_autocast_it_is_cast_as_linear_is():
     assert (x.grad.dtype, layer.bias.grad.dtype) == (torch.float32, torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's import
 @pytest.mark.parametrize("activation", [None, "swiglu"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_it_compiles_whole(activation, autocast):
@@ -212,6 +213,7 @@ def test_it_compiles_whole(activation, autocast):
     assert torch.equal(layer.bias.grad, twin.bias.grad)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's import
 def test_code_that_reads_the_weight_s_type_compiles_whole():
     layer = make(32, 8, dtype=torch.bfloat16)
 
