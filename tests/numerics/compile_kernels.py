@@ -9,9 +9,16 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from apt_model.ops.fp4 import launch
 from apt_model.ops.fp4.fused_quantize import tile
+from apt_model.ops.fp4.kernel_decode import decode_kernel
 from apt_model.ops.fp4.kernel_quantize import quantize_kernel
+from apt_model.ops.fp4.kernel_tile import tile_kernel
+from apt_model.ops.fp4.kernel_unpack import unpack_kernel
+from apt_model.ops.fp4.tables import Decode, Tile
 from apt_model.ops.left_spin import kernel as left_spin
 
 WIDTHS = (768, 4096)
@@ -48,13 +55,58 @@ def fp4_quantize_variants():
         yield quantize_kernel, signature, constants, {"num_warps": 4, "enable_fp_fusion": False}
 
 
+def fp4_unpack_variants():
+    for out, (block, divisor) in itertools.product(("bf16", "fp16", "fp32"), [(16, True), (32, False)]):
+        signature = {
+            "packed_ptr": "*u8", "scale_ptr": "*u8", "divisor_ptr": "*fp32", "out_ptr": f"*{out}",
+            **dict.fromkeys(("width", "packed_stride", "scale_stride", "out_stride"), "i32"),
+        }  # fmt: skip
+        yield unpack_kernel, signature, {"BLOCK": block, "HAS_DIVISOR": divisor, "BYTES": 512}, {}
+
+
+def fp4_product_variants(capability):
+    """What is launched on an NVIDIA GPU; x in shared memory and `tile_kernel` are for Hopper alone."""
+    launches = [Decode(1, 8, 0, 4, 1), Decode(2, 16, 0, 4, 4)]
+    if capability == 90:
+        launches += [Decode(2, 8, 8, 4, 4), Decode(1, 16, 4, 8, 8), Tile(1, 64, 4, 3, 5, 2), Tile(2, 256, 2, 3, 4, 1)]
+    kinds = [("bf16", 16, None), ("fp16", 16, "swiglu"), ("bf16", 32, "gelu")]
+    for setting, (dtype, block, activation) in itertools.product(launches, kinds):
+        tile = isinstance(setting, Tile)
+        gated, x = activation == "swiglu", f"*{dtype}"
+        if tile:
+            x = f"tensordesc<{dtype}[{setting.bm}, {64 * setting.c}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+        elif setting.kept:
+            x = f"tensordesc<{dtype}[{setting.kept * 4}, {setting.bm}, 64],{gl.NVMMASharedLayout(128, 16, 3)!r}>"
+        signature = {
+            "x_desc" if tile else "x": x, "words_ptr": "*i32", "scales_ptr": "*i32", "alpha_ptr": "*fp32",
+            "bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "partial_ptr": "*fp32", "counter_ptr": "*i32",
+            **dict.fromkeys(("M", "N", "groups", "chunks", "steps_per_split"), "i32"),
+        }  # fmt: skip
+        if not tile:
+            del signature["chunks"], signature["steps_per_split"], signature["groups"]
+            signature |= dict.fromkeys(("K", "stride_x", "groups", "groups_per_split"), "i32")
+        given = launch._layouts(setting.wg, setting.bm, block, gated, 3 if tile else 2)
+        own = {"C": setting.c, "STAGES": setting.stages} if tile else {"KEPT": setting.kept}
+        constants = {
+            "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "AHEAD": setting.ahead, "BLOCK": block,
+            "FP16": dtype == "fp16", "HAS_BIAS": True, "ACTIVATION": launch.CODES[activation], "PDL": capability >= 90,
+            **own, **given,
+        }  # fmt: skip
+        yield tile_kernel if tile else decode_kernel, signature, constants, {"num_warps": 4 * setting.wg}
+
+
 def main(name: str) -> None:
     backend, _, arch = name.partition(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
-    for kernel, signature, constants, options in (*left_spin_variants(), *fp4_quantize_variants()):
-        source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
+    variants = [*left_spin_variants(), *fp4_quantize_variants(), *fp4_unpack_variants()]
+    if backend == "cuda":
+        variants += fp4_product_variants(int(arch))
+    for kernel, signature, constants, options in variants:
+        form = GluonASTSource if kernel.is_gluon() else ASTSource
+        source = form(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
         compiled = triton.compile(source, target=target, options=options)
-        print(kernel.fn.__name__, constants, options, f"shared {compiled.metadata.shared}")
+        shown = {key: value for key, value in constants.items() if isinstance(value, (int, bool))}
+        print(kernel.fn.__name__, shown, options, f"shared {compiled.metadata.shared}")
 
 
 if __name__ == "__main__":

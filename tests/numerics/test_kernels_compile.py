@@ -19,4 +19,6 @@ def test_every_kernel_compiles(target, tmp_path):
         [sys.executable, SCRIPT, target], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("step_kernel", "quantize_kernel"))
+    assert all(name in done.stdout for name in ("step_kernel", "quantize_kernel", "unpack_kernel"))
+    assert ("decode_kernel" in done.stdout) == target.startswith("cuda")
+    assert ("tile_kernel" in done.stdout) == (target == "cuda:90")
