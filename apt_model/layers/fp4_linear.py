@@ -10,6 +10,7 @@ from apt_model.core.errors import InputError
 from apt_model.core.options import require
 from apt_model.layers.packed import PackedModule, check_dtype, empty, pack, tensors
 from apt_model.layers.packed_products import dequantize_in_slabs, fused_linear
+from apt_model.ops import fp4
 from apt_model.ops.fp4 import ACTIVATIONS, FORMATS
 
 
@@ -130,6 +131,11 @@ class FusedFP4Linear(PackedModule, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out] (swiglu: [..., out / 2]), same type; under autocast in autocast's."""
         return fused_linear(x, self.packed_weight("weight"), self.bias, self.activation)
+
+    def explain(self, rows: int, dtype: torch.dtype | None = None) -> str:
+        """One line: what computes `rows` rows of input in `dtype` (None is the layer's) where the layer is, and why."""
+        require(rows > 0, "explain.rows", "above 0", rows)
+        return fp4.explain(rows, self.packed_weight("weight"), dtype or self.dtype, self.activation)
 
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""

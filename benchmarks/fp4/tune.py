@@ -77,7 +77,7 @@ def grouped(x, kept, bm):
     )
 
 
-def launch(x, s, out, setting, bias=None, activation=None):
+def launch(x, s, out, setting, bias=None, activation=None):  # noqa: PLR0917 - as the kernels take them
     if not STATE:
         STATE.update(
             counters=torch.zeros(65536, dtype=torch.int32, device="cuda"), partial=torch.empty(2**27, device="cuda")

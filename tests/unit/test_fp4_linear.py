@@ -495,3 +495,13 @@ def test_a_weight_that_is_not_there_is_reported_as_torch_does():
 def test_keys_that_nobody_knows_are_reported_as_torch_does():
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"weight_scale_2"'):
         make().load_state_dict(full(weight_scale_2=torch.ones(1)))
+
+
+def test_it_says_what_computes():
+    layer = FusedFP4Linear(48, 32, activation="silu", dtype=torch.bfloat16, device="cpu")
+    assert layer.explain(7) == (
+        "7 x 48 by 32 x 48 in nvfp4: the definition in torch, since there is no kernel for torch.bfloat16 on cpu"
+    )
+    assert "torch.float32 on cpu" in layer.explain(7, torch.float32)
+    with pytest.raises(ConfigError, match=r"explain\.rows: expected above 0, got 0"):
+        layer.explain(0)
