@@ -90,15 +90,10 @@ class TensorWork:
 
     def _quantize(self, decision: Decision, rows: Tensor, largest: Tensor | None) -> PackedWeight:
         """[R, K], with the global scale of a weight whose largest magnitude is `largest`."""
-        count = rows.shape[0]
-        if largest is not None:  # it goes along as a row of its own
-            rows = torch.cat((rows, torch.zeros_like(rows[:1])))
-            rows[-1, 0] = largest
         try:
-            packed = quantize(rows, self.form.name)
+            return quantize(rows, self.form.name, amax=largest)
         except InputError as error:
             raise CheckpointError(f"{self.tensors.folder}: {decision.name}: {error.message}") from error
-        return PackedWeight(packed.packed[:count], packed.scale[:count], *packed[2:])
 
     def _largest_of(self, decision: Decision, expert: int) -> Tensor:
         """The largest magnitude of an expert's matrix, or of all matrices of a group."""

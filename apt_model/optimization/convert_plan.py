@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from apt_model.core.options import require
+from apt_model.core.patterns import covers
 from apt_model.layers.fp4_experts import expert_weights
 from apt_model.layers.packed import FLOATS, PackedModule
-from apt_model.optimization.fp4_config import FP4Config, Skipped, covers
+from apt_model.optimization.fp4_config import FP4Config, Skipped
 
 HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 _STATE_HOOKS = tuple(name for name in HOOKS if "state_dict" in name)

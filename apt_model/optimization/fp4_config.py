@@ -1,6 +1,5 @@
 """What `quantize` is told, and what it reports. Imports no torch."""
 
-import fnmatch
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,13 +19,6 @@ class FP4Config:
     def __post_init__(self) -> None:
         """Raise `ConfigError` for the first value that cannot be met."""
         check_types(self)
-
-
-def covers(pattern: str, name: str) -> bool:
-    """Whether a pattern of `skip` covers the module with this dotted name, itself or as a part of it."""
-    parts = name.split(".")
-    ends = range(1, len(parts) + 1)
-    return any(fnmatch.fnmatchcase(".".join(parts[i:j]), pattern) for j in ends for i in range(j))
 
 
 class Skipped(NamedTuple):

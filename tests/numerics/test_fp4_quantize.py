@@ -396,3 +396,19 @@ def test_formats_cost_what_they_say():
     for form in (NVFP4, MXFP4):
         made = quantize(noise(64, 1024), form.name)
         assert 8 * (made.packed.nbytes + made.scale.nbytes) == form.bits * 64 * 1024
+
+
+def test_weights_may_share_a_global_scale():
+    whole = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+    whole[5, 7] = 40.0
+    parts = [quantize(part, amax=whole.abs().amax()) for part in whole.split(4)]
+    together = quantize(whole)
+    assert torch.equal(torch.cat([part.packed for part in parts]), together.packed)
+    assert all(torch.equal(part.global_scale, together.global_scale) for part in parts)
+    assert not torch.equal(quantize(whole[:4]).global_scale, together.global_scale)
+    assert torch.equal(quantize(whole[:4], amax=torch.tensor(1e-3)).global_scale, quantize(whole[:4]).global_scale)
+    assert torch.equal(
+        quantize(whole[:4], "mxfp4", amax=torch.tensor(99.0)).packed, quantize(whole[:4], "mxfp4").packed
+    )
+    with pytest.raises(InputError, match="not finite"):
+        quantize(whole, amax=torch.tensor(torch.inf))

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from apt_model.core.errors import ConfigError, InputError
+from apt_model.core.patterns import covers
 from apt_model.layers.fp4_experts import FP4Experts
 from apt_model.layers.packed import PackedModule
 from apt_model.optimization import FP4Config, FusedFP4Linear, convert, dequantize, quantize
-from apt_model.optimization.fp4_config import QuantizeReport, Skipped, covers
+from apt_model.optimization.fp4_config import QuantizeReport, Skipped
 
 
 class Conv1D(nn.Module):

@@ -38,13 +38,21 @@ _LIMIT = 2.0**127
 _LARGEST_GLOBAL_EXPONENT = 126
 
 
-def quantize(weight: Tensor, format: str = "nvfp4", *, importance: Tensor | None = None) -> PackedWeight:  # noqa: A002
+def quantize(
+    weight: Tensor,
+    format: str = "nvfp4",  # noqa: A002 - the public name
+    *,
+    importance: Tensor | None = None,
+    amax: Tensor | None = None,
+) -> PackedWeight:
     """[..., N, K] in fp64, fp32, bf16 or fp16 -> its packed form, on the weight's device, in slabs of rows.
 
     Args:
         weight: values below 2^127.
         format: nvfp4 or mxfp4.
         importance: [K], what an error in each input's weights counts (a diagonal of x^T x, say); default all alike.
+        amax: [...], a magnitude that the global scale is to cover beside the weight's own: what weights that share a
+            global scale, or the parts of one, have in common. Of no effect in mxfp4, which has none.
     """
     form = get_format(format)
     if weight.dtype not in _TYPES or weight.dim() < 2 or not weight.numel():
@@ -57,6 +65,10 @@ def quantize(weight: Tensor, format: str = "nvfp4", *, importance: Tensor | None
     largest = torch.maximum(weight.amax(dim=(-2, -1)), -weight.amin(dim=(-2, -1))).to(torch.float32)
     if not bool((largest < _LIMIT).all()):
         raise InputError("quantize: the weight holds values that are not finite, or not below 2^127")
+    if amax is not None:
+        if not bool((amax < _LIMIT).all()):
+            raise InputError("quantize: amax is not finite, or not below 2^127")
+        largest = torch.maximum(largest, amax.to(largest))
     global_scale = _global_scale(largest.unsqueeze(-1)) if form.has_global_scale else None
     packed, scale = (
         weight.new_empty((*weight.shape[:-1], size), dtype=torch.uint8)
