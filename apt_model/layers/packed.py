@@ -122,6 +122,8 @@ class PackedModule(nn.Module):
             moved = fn(tensor)
             return moved if id(tensor) not in kept or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        for slot in self.slots:
+            fp4.forget(self.packed_weight(slot).packed)
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype  # not the default device: it may be meta
         self.dtype = dtype if dtype in FLOATS else self.dtype

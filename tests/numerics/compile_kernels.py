@@ -72,7 +72,7 @@ def fp4_product_variants(capability):
     kinds = [("bf16", 16, None), ("fp16", 16, "swiglu"), ("bf16", 32, "gelu")]
     for setting, (dtype, block, activation) in itertools.product(launches, kinds):
         tile = isinstance(setting, Tile)
-        gated, x = activation == "swiglu", f"*{dtype}"
+        x = f"*{dtype}"
         if tile:
             x = f"tensordesc<{dtype}[{setting.bm}, {64 * setting.c}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
         elif setting.kept:
@@ -85,12 +85,11 @@ def fp4_product_variants(capability):
         if not tile:
             del signature["chunks"], signature["steps_per_split"], signature["groups"]
             signature |= dict.fromkeys(("K", "stride_x", "groups", "groups_per_split"), "i32")
-        given = launch._layouts(setting.wg, setting.bm, block, gated, 3 if tile else 2)
         own = {"C": setting.c, "STAGES": setting.stages} if tile else {"KEPT": setting.kept}
         constants = {
             "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "AHEAD": setting.ahead, "BLOCK": block,
             "FP16": dtype == "fp16", "HAS_BIAS": True, "ACTIVATION": launch.CODES[activation], "PDL": capability >= 90,
-            **own, **given,
+            **own,
         }  # fmt: skip
         yield tile_kernel if tile else decode_kernel, signature, constants, {"num_warps": 4 * setting.wg}
 

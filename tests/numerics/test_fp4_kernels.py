@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from apt_model.layers.fp4_linear import FusedFP4Linear
 from apt_model.ops import fp4
-from apt_model.ops.fp4 import launch, naive, select, slab
+from apt_model.ops.fp4 import launch, naive, orders, select, slab
 from apt_model.ops.fp4.format import PackedWeight
 from apt_model.ops.fp4.layout import shuffle
 from apt_model.ops.fp4.tables import Decode, Tile
@@ -264,14 +265,46 @@ def test_a_weight_that_was_written_to_is_ordered_anew(mark):
     assert_near(after, naive.linear(x.double(), weight), torch.bfloat16)
 
 
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
-def test_the_other_order_dies_with_its_weight(mark):
-    weight, x = packed(128, 256), rows_of(1, 256)
-    fp4.linear(x, weight)
+def test_an_order_is_made_once_and_dies_with_its_weight():
+    weight = packed(70, 100)
+    first = orders.order_of(weight, gated=False)
+    assert orders.order_of(weight, gated=False) is first
+    assert orders.order_of(weight, gated=True) is not first
     key = id(weight.packed)
-    assert key in launch._shuffled
+    assert key in orders._orders
     del weight
-    assert key not in launch._shuffled
+    assert key not in orders._orders
+
+
+@pytest.mark.parametrize("part", ["packed", "scale", "global_scale"])
+def test_an_order_is_made_anew_when_a_part_was_written_to(part):
+    weight = packed(70, 100)
+    first = orders.order_of(weight, gated=False)
+    with torch.no_grad():
+        getattr(weight, part).copy_(getattr(packed(70, 100, seed=9, divisor=64.0), part))
+    second = orders.order_of(weight, gated=False)
+    assert second is not first
+    fresh = shuffle(weight)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(second[:3], fresh[:3], strict=True))
+
+
+def test_no_order_of_what_is_made_for_every_call():
+    weight = packed(70, 100)
+    assert orders.order_of(weight._replace(packed=weight.packed[:64], scale=weight.scale[:64]), gated=False) is None
+
+
+def test_weights_of_inference_mode_have_an_order():
+    with torch.inference_mode():
+        weight = packed(70, 100)
+        assert orders.order_of(weight, gated=False) is orders.order_of(weight, gated=False)
+
+
+def test_a_layer_that_moves_lets_its_order_go():
+    layer = FusedFP4Linear(100, 70, device=DEVICE)
+    orders.order_of(layer.packed_weight("weight"), gated=False)
+    assert id(layer.weight_packed) in orders._orders
+    layer.to("cpu")
+    assert id(layer.weight_packed) not in orders._orders
 
 
 @pytest.mark.parametrize("count", [pytest.param(each, marks=gpu) for each in (1, 64, 2000)])

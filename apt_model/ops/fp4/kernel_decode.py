@@ -88,6 +88,46 @@ mov.b32 {$6, $7}, d;
 """)
 
 
+@gluon.constexpr_function
+def _powers(count):
+    return [1 << i for i in range(count.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def layout(name, wg, bm, block, activation, version):
+    """Who holds what, for `wg` times four warps of 64 rows each, and `bm` rows of x; `version` as of the product."""
+    scales = 1024 // block  # words a chunk
+    rows = wg * 64 // (2 if activation == 5 else 1)
+    along = min(rows // 8, 32)
+    groups = [[each, 0] for each in _powers(wg)]
+    narrow = bm == 8
+    return {
+        "words": gl.DistributedLinearLayout(
+            [[0, 1], [0, 2]], [[0, 4 << i] for i in range(5)], [[0, 128], [0, 256], *groups], [], [wg, 512]
+        ),
+        "scales": gl.DistributedLinearLayout(
+            [[0, each] for each in _powers(scales // 32)],
+            [[0, 0], [0, 0], *([0, scales // 32 << i] for i in range(3))],
+            [[0, scales // 4], [0, scales // 2], *groups],
+            [],
+            [wg, scales],
+        ),
+        "x": gl.DistributedLinearLayout(
+            [[0, each] for each in (1, 8, 16, 32)] + [[8 * each, 0] for each in _powers(bm // 8)],
+            [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+            [[0, 0]] * (1 + wg.bit_length()),
+            [],
+            [bm, 64],
+        ),
+        "out": gl.BlockedLayout([1, 1], [32, 1], [4, wg], [0, 1])
+        if narrow
+        else gl.BlockedLayout([8, 1], [along, 32 // along], [1, 4 * wg], [0, 1]),
+        "mma": gl.NVMMADistributedLayout([2, 0], [4 * wg, 1], [16, 8])
+        if version == 2
+        else gl.NVMMADistributedLayout([3, 0], [4 * wg, 1], [16, bm, 16]),
+    }[name]
+
+
 @gluon.jit
 def expand_scales(packed, BLOCK: gl.constexpr, FP16: gl.constexpr):
     """Words of four bytes [P, w, g, places] -> words of two bf16, for rows g and g + 8, one a product: [P, w, g, j]."""
@@ -240,11 +280,6 @@ def decode_kernel(
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     PDL: gl.constexpr,
-    words_layout: gl.constexpr,
-    scales_layout: gl.constexpr,
-    x_layout: gl.constexpr,
-    out_layout: gl.constexpr,
-    mma: gl.constexpr,
 ):
     """Tile program_id(0) of WG * 64 rows, slice program_id(1) of the inputs; M is at most BM.
 
@@ -253,6 +288,11 @@ def decode_kernel(
     """
     SCALES: gl.constexpr = 4096 // BLOCK
     TYPE: gl.constexpr = gl.float16 if FP16 else gl.bfloat16
+    words_layout: gl.constexpr = layout("words", WG, BM, BLOCK, ACTIVATION, 2)
+    scales_layout: gl.constexpr = layout("scales", WG, BM, BLOCK, ACTIVATION, 2)
+    x_layout: gl.constexpr = layout("x", WG, BM, BLOCK, ACTIVATION, 2)
+    out_layout: gl.constexpr = layout("out", WG, BM, BLOCK, ACTIVATION, 2)
+    mma: gl.constexpr = layout("mma", WG, BM, BLOCK, ACTIVATION, 2)
     tile, split = gl.program_id(0), gl.program_id(1)
     first = split * groups_per_split * 4
     last = gl.minimum(first + groups_per_split * 4, groups * 4)
@@ -302,43 +342,3 @@ def decode_kernel(
         acc, tile, tile, split, 0, out_ptr, bias_ptr, partial_ptr, counter_ptr, gl.load(alpha_ptr), M, N, SPLIT,
         HAS_BIAS, ACTIVATION, WG * 64, BM, out_layout,
     )  # fmt: skip
-
-
-@gluon.constexpr_function
-def _powers(count):
-    return [1 << i for i in range(count.bit_length() - 1)]
-
-
-@gluon.constexpr_function
-def layouts(wg, bm, block, gated, version):
-    """Who holds what, for `wg` times four warps with 64 rows, and `bm` rows of x; `version` as of the instruction."""
-    scales = 1024 // block  # words a chunk
-    rows = wg * 64 // (2 if gated else 1)
-    along = min(rows // 8, 32)
-    groups = [[each, 0] for each in _powers(wg)]
-    narrow = bm == 8
-    return {
-        "words_layout": gl.DistributedLinearLayout(
-            [[0, 1], [0, 2]], [[0, 4 << i] for i in range(5)], [[0, 128], [0, 256], *groups], [], [wg, 512]
-        ),
-        "scales_layout": gl.DistributedLinearLayout(
-            [[0, each] for each in _powers(scales // 32)],
-            [[0, 0], [0, 0], *([0, scales // 32 << i] for i in range(3))],
-            [[0, scales // 4], [0, scales // 2], *groups],
-            [],
-            [wg, scales],
-        ),
-        "x_layout": gl.DistributedLinearLayout(
-            [[0, each] for each in (1, 8, 16, 32)] + [[8 * each, 0] for each in _powers(bm // 8)],
-            [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-            [[0, 0]] * (1 + wg.bit_length()),
-            [],
-            [bm, 64],
-        ),
-        "out_layout": gl.BlockedLayout([1, 1], [32, 1], [4, wg], [0, 1])
-        if narrow
-        else gl.BlockedLayout([8, 1], [along, 32 // along], [1, 4 * wg], [0, 1]),
-        "mma": gl.NVMMADistributedLayout([2, 0], [4 * wg, 1], [16, 8])
-        if version == 2
-        else gl.NVMMADistributedLayout([3, 0], [4 * wg, 1], [16, bm, 16]),
-    }

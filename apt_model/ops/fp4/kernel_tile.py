@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from apt_model.ops.fp4.kernel_decode import beside, finish_split, fragments, load_chunk
+from apt_model.ops.fp4.kernel_decode import beside, finish_split, fragments, layout, load_chunk
 from apt_model.ops.fp4.kernel_names import barrier, tma_load
 
 
@@ -48,10 +48,6 @@ def tile_kernel(
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     PDL: gl.constexpr,
-    words_layout: gl.constexpr,
-    scales_layout: gl.constexpr,
-    out_layout: gl.constexpr,
-    mma: gl.constexpr,
 ):
     """Rows program_id(0) of x (BM of them) by tile program_id(1) of WG * 64 rows, slice program_id(2) of the inputs.
 
@@ -60,6 +56,10 @@ def tile_kernel(
     """
     SCALES: gl.constexpr = 4096 // BLOCK
     TYPE: gl.constexpr = gl.float16 if FP16 else gl.bfloat16
+    words_layout: gl.constexpr = layout("words", WG, BM, BLOCK, ACTIVATION, 3)
+    scales_layout: gl.constexpr = layout("scales", WG, BM, BLOCK, ACTIVATION, 3)
+    out_layout: gl.constexpr = layout("out", WG, BM, BLOCK, ACTIVATION, 3)
+    mma: gl.constexpr = layout("mma", WG, BM, BLOCK, ACTIVATION, 3)
     m_tile, tile, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     first = split * steps_per_split * C
     last = gl.minimum(first + steps_per_split * C, chunks)

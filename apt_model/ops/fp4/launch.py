@@ -1,15 +1,13 @@
 """Which kernel for how many rows on which GPU, and its launch."""
 
 import functools
-from typing import Any
-from weakref import finalize
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apt_model.core.system.cuda import CudaDevice
 from apt_model.ops.fp4.format import NVFP4, PackedWeight
-from apt_model.ops.fp4.layout import Shuffled, shuffle
+from apt_model.ops.fp4.layout import Shuffled
 from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
 
 # Above this many rows of x unpacking a slab and torch's own product are faster.
@@ -21,7 +19,6 @@ _HOPPER = (9, 0)
 _AMPERE = (8, 0)
 # Partial sums are kept for so many fp32 numbers a stream, and tiles are counted in so many counters.
 _COUNTERS = 1 << 16
-_shuffled: dict[int, tuple[tuple[int, ...], Shuffled]] = {}
 _counters: dict[tuple[int | None, int], Tensor] = {}
 
 
@@ -81,35 +78,6 @@ def _decode(x_rows: int, out_rows: int, in_features: int, processors: int, *, ke
     return Decode(wg, bm, per if keep else 0, 4, -(-groups // per))
 
 
-def lives(weight: PackedWeight) -> bool:
-    """Whether the weight stays between calls, so that another order of it is worth making."""
-    return isinstance(weight.packed, nn.Parameter)
-
-
-def shuffled(weight: PackedWeight, *, gated: bool) -> Shuffled | None:
-    """The kernels' order of a weight that lives on: made at its first use, again when it was written to.
-
-    None for a weight that is made anew for every call (a view, an expert picked from a stack), and while a CUDA graph
-    is recorded before the first use.
-    """
-    packed, scale = weight.packed, weight.scale
-    if not lives(weight):
-        return None
-    writes = packed._version, scale._version  # noqa: SLF001 - torch's counts
-    state = (packed.data_ptr(), *writes, int(gated), *weight.shape)
-    key = id(packed)
-    found = _shuffled.get(key)
-    if found is not None and found[0] == state:
-        return found[1]
-    if CudaDevice.is_capturing():
-        return None
-    made = shuffle(PackedWeight(packed.detach(), scale.detach(), *weight[2:]), gated=gated)
-    if found is None:
-        finalize(packed, _shuffled.pop, key, None)
-    _shuffled[key] = (state, made)
-    return made
-
-
 def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Tensor:
     """act(x W^T + bias), x [M, K] -> [M, N] (swiglu: [M, N / 2])."""
     from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
@@ -139,35 +107,23 @@ def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None
     operands = (weight.words, weight.scales, weight.alpha, bias, out, partial, counters)
     with torch.accelerator.device_index(index):
         if isinstance(setting, Tile):
-            given = _layouts(setting.wg, setting.bm, weight.block, weight.gated, 3)
             shape, layout = [setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)
             chunks = -(-k // 64)
             steps = -(-chunks // setting.c)
             tile_kernel[(-(-m // setting.bm), rows, setting.split)](
                 TensorDescriptor.from_tensor(x, shape, layout), *operands, m, out.shape[1], groups, chunks,
-                -(-steps // setting.split), C=setting.c, STAGES=setting.stages, **common, **given,
+                -(-steps // setting.split), C=setting.c, STAGES=setting.stages, **common,
             )  # fmt: skip
         else:
-            given = _layouts(setting.wg, setting.bm, weight.block, weight.gated, 2)
             source = x
             if setting.kept:
                 block, layout = [setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)
                 source = TensorDescriptor(x, [k // 64, m, 64], [64, x.stride(0), 1], block, layout)
             decode_kernel[(rows, setting.split)](
                 source, *operands, m, out.shape[1], k, x.stride(0), groups, -(-groups // setting.split),
-                KEPT=setting.kept, **common, **given,
+                KEPT=setting.kept, **common,
             )  # fmt: skip
     return out
-
-
-@functools.cache
-def _layouts(wg: int, bm: int, block: int, gated: bool, version: int) -> dict[str, Any]:
-    from apt_model.ops.fp4.kernel_decode import layouts  # noqa: PLC0415
-
-    given = dict(layouts(wg, bm, block, gated, version))
-    if version == 3:
-        del given["x_layout"]
-    return given
 
 
 def _aligned(x: Tensor) -> Tensor:

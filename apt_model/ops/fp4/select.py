@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_model.core.errors import InputError
-from apt_model.ops.fp4 import launch, naive, slab
+from apt_model.ops.fp4 import launch, naive, orders, slab
 from apt_model.ops.fp4.format import PackedWeight
 from apt_model.ops.fp4.slab import HAS_TRITON
 from apt_model.ops.fp4.tables import Decode
@@ -48,7 +48,7 @@ def explain(rows: int, weight: PackedWeight, dtype: torch.dtype, activation: str
     setting = launch.choose(rows, weight, dtype)
     if setting is None:
         return f"{shape}: slabs of the weight unpacked to {dtype} for torch's own product"
-    if not launch.lives(weight):
+    if not orders.lives(weight):
         return f"{shape}: slabs unpacked, since this weight is made anew for every call"
     kind = "decode (weights to registers)" if isinstance(setting, Decode) else "tile (x through shared memory)"
     return f"{shape}: fused kernel {kind}, {setting}" + (f", with {activation}" if activation else "")
@@ -59,7 +59,7 @@ def _forward(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: s
         return _definition(x, weight, bias, activation)
     flat = x.reshape(-1, weight.in_features)
     setting = launch.choose(len(flat), weight, x.dtype)
-    order = None if setting is None else launch.shuffled(weight, gated=activation == "swiglu")
+    order = None if setting is None else orders.order_of(weight, gated=activation == "swiglu")
     if setting is None or order is None:
         out = slab.linear(flat, weight, bias, activation)
     else:
