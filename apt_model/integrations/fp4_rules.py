@@ -18,8 +18,8 @@ from apt_model.layers.fp4_experts import EXPERT_WEIGHTS
 from apt_model.ops.fp4.format import Format
 
 # Kept in full precision by name, whoever knows the model: small beside their effect, as everyone who quantises has it.
-_ROUTER = re.compile(r"router|(^|\.)(gate|shared_expert_gate)$")
-_KEPT = ((HEAD, "the output projection, by its name"), (_ROUTER, "a router, by its name"))
+ROUTER = re.compile(r"router|(^|\.)(gate|shared_expert_gate)$")
+_KEPT = ((HEAD, "the output projection, by its name"), (ROUTER, "a router, by its name"))
 # Where names alone decide.
 _UNLIKELY = (
     (re.compile(r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias)$"), f"{EMBEDDING}, by its name"),

@@ -13,6 +13,7 @@ from micro import model_config
 from small_models import SHAPE
 
 from apt_model.core.policy import Policy
+from apt_model.integrations.hf_config import AptFP4Config
 from apt_model.integrations.quantize_config import QuantizeConfig
 from apt_model.modeling.configuration import APTModelConfiguration
 from apt_model.modeling.generation_config import GenerationConfig
@@ -57,6 +58,7 @@ BASE: dict[type, dict[str, Any]] = {
     GradientConfig: {},
     Policy: {"mode": "balanced"},
     FP4Config: {},
+    AptFP4Config: {},
     QuantizeConfig: {"device": "cpu"},
 }  # fmt: skip
 TOO_LARGE = {
@@ -175,5 +177,9 @@ EFFECTS: dict[type, dict[str, list[Effect]]] = {
     FP4Config: {
         "format": [Effect("mxfp4", see.packed)],
         "skip": [Effect(("in_proj", "decoder_layers.1"), see.packed)],
+    },
+    AptFP4Config: {
+        "format": [Effect("mxfp4", see.loaded)],
+        "modules_to_not_convert": [Effect(("layers.0", "k_proj"), see.loaded)],
     },
 }

@@ -393,6 +393,21 @@ def packed(options: Options) -> Any:
         return [(name, *held.shape) for name, held in model.named_parameters()], digest(_forward(model))
 
 
+def loaded(options: Options) -> Any:
+    """The same of a transformers model that is quantised while it is loaded."""
+    from hf_models import ids, llama
+
+    from apt_model.integrations import AptFP4Config
+
+    torch.manual_seed(0)
+    with _empty_folder() as folder:
+        plain = llama()
+        plain.save_pretrained(folder)
+        model = type(plain).from_pretrained(folder, quantization_config=AptFP4Config(**options))
+        with torch.no_grad():
+            return [(name, *held.shape) for name, held in model.named_parameters()], digest(model(**ids(model)).logits)
+
+
 # --- the policy
 
 

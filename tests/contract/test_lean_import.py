@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "triton", "tyro", "rich", "numpy", "tokenizers", "safetensors", "matplotlib", "tensorboard"}
+HEAVY |= {"transformers", "peft", "accelerate"}
 LEAN = [
     "apt_model",
     "apt_model.core.env",
@@ -17,6 +18,7 @@ LEAN = [
     "apt_model.core.policy",
     "apt_model.core.system",
     "apt_model.core.tensor_folders",
+    "apt_model.integrations",
     "apt_model.integrations.fp4_schemes",
     "apt_model.integrations.quantize_config",
     "apt_model.modeling.configuration",

@@ -9,6 +9,7 @@ import apt_model.optimization.vb_global as vb
 
 SURFACE = {
     "apt_model": ["APTModel", "APTModelConfiguration", "get_device", "get_device_manager"],
+    "apt_model.integrations": ["AptFP4Config", "prepare_for_training"],
     "apt_model.optimization": [
         "FP4Config", "FusedFP4Linear", "dequantize", "get_device", "get_device_manager", "quantize", "vb_global",
     ],

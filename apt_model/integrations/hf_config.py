@@ -1,0 +1,57 @@
+"""What transformers is told of FP4 weights: `quantization_config`, as an argument and in config.json."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing_extensions import Self
+
+from apt_model.core.errors import ConfigError
+from apt_model.core.fp4_storage import QUANT_METHOD, quantization_config, read_format
+from apt_model.core.options import check_types, require
+
+
+@dataclass(kw_only=True)
+class AptFP4Config(QuantizationConfigMixin):  # type: ignore[misc]  # Any to mypy
+    """How `from_pretrained(..., quantization_config=AptFP4Config())` loads a model in 16 bits.
+
+    A folder that is quantised already says so itself; transformers then warns that it does not read this argument.
+    A value that cannot be met raises `ConfigError`.
+    """
+
+    quant_method: ClassVar[str] = QUANT_METHOD
+
+    format: Literal["nvfp4", "mxfp4"] = "nvfp4"
+    """nvfp4: 4.5 bits a weight. mxfp4: 4.25 bits, and about twice the squared error."""
+    modules_to_not_convert: tuple[str, ...] = ()
+    """What stays as it is beside heads, routers and tied weights: patterns (*, ?), each held against every run of whole
+    parts of a module's dotted name, as in "visual", "layers.0.mlp", "layers.*.down_proj"."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be met."""
+        given: Any = self.modules_to_not_convert
+        self.modules_to_not_convert = tuple(given) if isinstance(given, list) else given  # as transformers' own take it
+        check_types(self)
+        for pattern in self.modules_to_not_convert:
+            require(bool(pattern), "AptFP4Config.modules_to_not_convert", "names or patterns", pattern)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What config.json says; `CheckpointError` for a layout or a block that this version does not read."""
+        form = read_format(config_dict, "config.json")
+        made = cls(format=form, modules_to_not_convert=tuple(config_dict.get("modules_to_not_convert") or ()))  # type: ignore[arg-type]
+        if return_unused_kwargs:
+            return made, kwargs
+        if kwargs:
+            raise ConfigError(f"AptFP4Config has no option {next(iter(kwargs))!r}")
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json gets."""
+        return quantization_config(self.format, self.modules_to_not_convert)
+
+    def without(self, names: tuple[str, ...]) -> Self:
+        """The same, with these modules left as they are."""
+        return dataclasses.replace(self, modules_to_not_convert=names)
