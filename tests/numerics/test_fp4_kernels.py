@@ -17,10 +17,14 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 SIZES = (1, 63, 1000, 4097)
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
 ERRORS = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 """Norm of the difference over the norm: fp32 sums in another order, and one rounding of the result."""
+
+
+def on_gpu(test):
+    """Mark what needs a CUDA device."""
+    return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA device")(test))
 
 
 def packed(rows, width, form="nvfp4", seed=0, *, divisor=48.0):
@@ -155,8 +159,8 @@ def test_what_a_cpu_does_is_said():
     assert text.startswith("3 x 17 by 5 x 17 in nvfp4: the definition in torch, since there is no kernel")
 
 
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
-def test_what_a_gpu_does_is_said(mark):
+@on_gpu
+def test_what_a_gpu_does_is_said():
     weight = packed(128, 256)
     assert "fused kernel decode" in select.explain(1, weight, torch.bfloat16)
     assert "slabs of the weight unpacked to torch.float32" in select.explain(1, weight, torch.float32)
@@ -180,11 +184,10 @@ def settings():
         )
 
 
-@pytest.mark.parametrize("setting", [pytest.param(each, marks=gpu) for each in settings()] or [None])
+@on_gpu
+@pytest.mark.parametrize("setting", list(settings()))
 @pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
 def test_every_launch_is_the_definition_over_odd_sizes(setting, form):
-    if setting is None or not CUDA:
-        pytest.skip("needs a CUDA device")
     for rows, width in itertools.product(SIZES, SIZES):
         weight, bias = packed(rows, width, form), rows_of(1, rows, seed=3)[0]
         order = shuffle(weight)
@@ -199,12 +202,11 @@ def test_every_launch_is_the_definition_over_odd_sizes(setting, form):
             assert_near(results[0], naive.linear(x.double(), weight, bias.double()), torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=gpu), torch.float16, torch.float32])
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu", "swiglu"])
 @pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
 def test_every_activation_at_every_number_of_rows(form, activation, dtype):
-    if not CUDA:
-        pytest.skip("needs a CUDA device")
     weight, bias = packed(1000, 960, form), rows_of(1, 1000, dtype, seed=3)[0]
     scale = 0.02 / float(naive.dequantize(weight, torch.float32).std())
     for count in (1, 7, 16, 33, 100, 300, 2000):
@@ -215,7 +217,8 @@ def test_every_activation_at_every_number_of_rows(form, activation, dtype):
         assert_near(got, naive.linear(x.double(), weight, bias.double(), activation), dtype, 1.5 if slabs else 1)
 
 
-@pytest.mark.parametrize("count", [pytest.param(each, marks=gpu) for each in (1, 16, 64, 300, 2000)])
+@on_gpu
+@pytest.mark.parametrize("count", [1, 16, 64, 300, 2000])
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's imports
 def test_gradients_are_the_definition_s(count, how):
@@ -234,17 +237,17 @@ def test_gradients_are_the_definition_s(count, how):
         assert error < 8e-3, f"{error:.1e}: bf16 through one activation and one product"
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=gpu), torch.float16, torch.float32])
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_gradient_comes_in_slabs_of_columns(dtype, monkeypatch):
-    if not CUDA:
-        pytest.skip("needs a CUDA device")
     monkeypatch.setattr(slab, "SLAB_BYTES", 2**16)
     weight, upstream = packed(300, 1000), rows_of(33, 300, dtype) * 1e-2
     expected = upstream.double() @ naive.dequantize(weight, torch.float64)
     assert_near(slab.input_gradient(upstream, weight), expected, dtype)
 
 
-@pytest.mark.parametrize("count", [pytest.param(each, marks=gpu) for each in (1, 16, 64, 300)])
+@on_gpu
+@pytest.mark.parametrize("count", [1, 16, 64, 300])
 def test_a_row_does_not_depend_on_the_others(count):
     weight = packed(320, 512)
     x = rows_of(count, 512)
@@ -254,8 +257,8 @@ def test_a_row_does_not_depend_on_the_others(count):
     assert torch.equal(fp4.linear(others, weight)[0], alone[0])
 
 
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
-def test_a_weight_that_was_written_to_is_ordered_anew(mark):
+@on_gpu
+def test_a_weight_that_was_written_to_is_ordered_anew():
     weight, x = packed(128, 256), rows_of(1, 256)
     before = fp4.linear(x, weight)
     with torch.no_grad():
@@ -307,7 +310,8 @@ def test_a_layer_that_moves_lets_its_order_go():
     assert id(layer.weight_packed) not in orders._orders
 
 
-@pytest.mark.parametrize("count", [pytest.param(each, marks=gpu) for each in (1, 64, 2000)])
+@on_gpu
+@pytest.mark.parametrize("count", [1, 64, 2000])
 def test_in_a_cuda_graph(count):
     weight, x = packed(320, 512), rows_of(count, 512)
     expected = fp4.linear(x, weight)
@@ -320,8 +324,8 @@ def test_in_a_cuda_graph(count):
     assert torch.equal(out, fp4.linear(x, weight))
 
 
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
-def test_many_rows_take_one_slab_of_memory(mark):
+@on_gpu
+def test_many_rows_take_one_slab_of_memory():
     weight, x = packed(16384, 4096), rows_of(2048, 4096)
     fp4.linear(x, weight)
     torch.cuda.synchronize()
