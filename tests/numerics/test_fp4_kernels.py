@@ -333,3 +333,24 @@ def test_many_rows_take_one_slab_of_memory():
     before = torch.cuda.memory_allocated()
     out = fp4.linear(x, weight)
     assert torch.cuda.max_memory_allocated() - before <= out.nbytes + slab.SLAB_BYTES + 2**20
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.ones(1, 64).expand(3, 64),
+        torch.ones(64, 3).T,
+        torch.ones(3, 100)[:, 3:67],
+        torch.ones(3, 65)[:, :64],
+        torch.ones(3, 33),
+    ],
+    ids=["repeated", "crossed", "shifted", "odd pitch", "narrow"],
+)
+def test_x_comes_as_a_descriptor_takes_it(x):
+    aligned = launch._aligned(x.bfloat16() if x.is_contiguous() else x)
+    assert aligned.shape[1] % 64 == 0
+    assert aligned.stride(1) == 1
+    assert aligned.stride(0) % 8 == 0
+    assert aligned.stride(0) >= aligned.shape[1]
+    assert aligned.data_ptr() % 16 == 0
+    assert torch.equal(aligned[:, : x.shape[1]].float(), x)

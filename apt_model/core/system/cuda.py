@@ -97,10 +97,6 @@ class CudaDevice(Device):
         """Whether the current stream records a CUDA graph."""
         return torch.cuda.is_current_stream_capturing()
 
-    def stream(self) -> int:
-        """The driver's handle of the current stream."""
-        return int(torch.cuda.current_stream(self.index).cuda_stream)
-
 
 def _platform() -> str | None:
     """What this torch was built for, with its version, or None."""

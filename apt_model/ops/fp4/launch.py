@@ -17,9 +17,6 @@ _BUCKETS = (8, 16, 32, 64, 128, 256, 1024)
 _FEW = 16  # rows of x up to which a product is bound by reading the weights
 _HOPPER = (9, 0)
 _AMPERE = (8, 0)
-# Partial sums are kept for so many fp32 numbers a stream, and tiles are counted in so many counters.
-_COUNTERS = 1 << 16
-_counters: dict[tuple[int | None, int], Tensor] = {}
 
 
 def choose(rows: int, weight: PackedWeight, dtype: torch.dtype) -> Decode | Tile | None:
@@ -98,7 +95,7 @@ def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None
     partial = None
     if setting.split > 1:
         partial = x.new_empty(spots * setting.split * setting.wg * 64 * setting.bm, dtype=torch.float32)
-    counters = _counter(x.device, spots)
+    counters = weight.counters if spots <= len(weight.counters) else weight.counters.new_zeros(spots)
     common = {
         "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "AHEAD": setting.ahead, "BLOCK": weight.block,
         "FP16": x.dtype == torch.float16, "HAS_BIAS": bias is not None, "ACTIVATION": CODES[activation],
@@ -131,16 +128,6 @@ def _aligned(x: Tensor) -> Tensor:
     pad = -x.shape[1] % 64
     if pad:
         return torch.nn.functional.pad(x, (0, pad))
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        return x.contiguous() if x.data_ptr() % 16 == 0 or not x.is_contiguous() else x.clone()
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) < x.shape[1] or x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format)
     return x
-
-
-def _counter(device: torch.device, spots: int) -> Tensor:
-    """Zeros, which every launch leaves as it found them: one set a stream, so that streams do not meet."""
-    key = (device.index, CudaDevice(device.index).stream())
-    if spots > _COUNTERS:
-        return torch.zeros(spots, dtype=torch.int32, device=device)
-    if key not in _counters:
-        _counters[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-    return _counters[key]

@@ -17,6 +17,8 @@ from torch import Tensor
 from apt_model.ops.fp4.format import MXFP4, NVFP4, PackedWeight, row_blocks, unpack
 
 TILE_ROWS = 64
+# Counters a tile: one for each group of rows of x that a launch may have.
+_COUNTERS = 16
 GROUP_INPUTS = 256
 # A word holds eight codes, in the order in which three shifts and one mask bring them to bf16's places: for each of the
 # four pairs (h, r) the bits of sign, high, middle and low, in either half of the word.
@@ -33,6 +35,7 @@ class Shuffled(NamedTuple):
     words: Tensor  # int32 [n, G, c, w, g, t, j]: eight codes each
     scales: Tensor  # int32 [n, G, w, g, c, 2 (nvfp4) or 1 (mxfp4)]: rows g and g + 8 of two blocks each
     alpha: Tensor  # float32 [1]: what the sum is multiplied with
+    counters: Tensor  # int32: zeros, which every launch leaves as it found them
     out_features: int
     in_features: int
     block: int
@@ -66,7 +69,8 @@ def shuffle(weight: PackedWeight, *, gated: bool = False) -> Shuffled:
     places = 64 // form.block // 2
     scale = scale.view(rows_n, 4, 2, 8, groups, 4, places, 2).permute(0, 4, 1, 3, 5, 6, 2, 7)  # n G w g c . r b
     scale = scale.flatten(-2).contiguous().view(torch.int32).squeeze(-1)
-    return Shuffled(words, scale, alpha.to(torch.float32), rows, size, form.block, gated)
+    counters = torch.zeros(rows_n * _COUNTERS, dtype=torch.int32, device=words.device)
+    return Shuffled(words, scale, alpha.to(torch.float32), counters, rows, size, form.block, gated)
 
 
 def _interleave(rows: Tensor) -> Tensor:
