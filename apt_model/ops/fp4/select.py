@@ -107,7 +107,7 @@ def _bias_gradient(upstream: Tensor, bias: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        ctx.in_features, ctx.has_bias = weight.in_features, bias is not None
+        ctx.in_features = weight.in_features
         ctx.save_for_backward(*weight[:3], bias)
         return _forward(x, weight, bias, None)
 
