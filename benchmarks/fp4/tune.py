@@ -46,12 +46,14 @@ def random_packed(n, k, form):
 def decodes(n, k, m):
     tiles, groups = -(-n // 64), -(-k // 256)
     bm = 8 if m <= 8 else 16
-    for wg, split, ahead in itertools.product((1, 2, 4), (1, 2, 4, 8, 16), (4, 8)):
-        per = -(-groups // split)
+    pieces = sorted({-(-groups // split) for split in range(1, 17)})
+    for wg, per, ahead in itertools.product((1, 2, 4), pieces, (4, 8)):
+        split = -(-groups // per)
+        kept = 1 << (per - 1).bit_length()
         warps = tiles * split * 4
-        fits = bm * 512 * per <= MOST_SHARED * 2 // 3 and per & (per - 1) == 0
-        if -(-groups // per) == split and fits and tiles % wg == 0 and PROCESSORS * 8 <= warps <= PROCESSORS * 96:
-            yield Decode(wg, bm, per, ahead, split)
+        fits = bm * 512 * kept <= MOST_SHARED * 2 // 3 and (ahead == 4 or (per % 2 == 0 and groups % 2 == 0))
+        if fits and tiles % wg == 0 and PROCESSORS * 8 <= warps <= PROCESSORS * 96:
+            yield Decode(wg, bm, kept, ahead, split)
 
 
 def tiles_of(n, k, m):
@@ -81,8 +83,8 @@ def candidates(n, k, m, kinds):
 def warm(settings, form):
     """Compile each by launching it on the smallest product that it takes."""
     for setting in settings:
-        width = 256 * setting.split * (setting.kept if isinstance(setting, Decode) else 4)
-        order = shuffle(random_packed(64 * setting.wg, width, form))
+        width = 512 * setting.split if isinstance(setting, Decode) else 1024 * setting.split
+        order = shuffle(random_packed(64 * setting.wg, width, form), torch.bfloat16)
         x = torch.randn(min(3, setting.bm), width, device="cuda", dtype=torch.bfloat16)
         try:
             launch.run(x, order, None, None, setting)
@@ -119,7 +121,7 @@ def measure(shape, form, options, until):
     n, k = map(int, shape.split("x"))
     w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5
     packed = random_packed(n, k, form)
-    first = shuffle(packed)
+    first = shuffle(packed, torch.bfloat16)
     held = first.words.nbytes + first.scales.nbytes
     orders = [first]
     while len(orders) * held < ROTATING_BYTES or len(orders) < 2:

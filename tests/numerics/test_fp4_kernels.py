@@ -66,39 +66,41 @@ def assert_near(got, expected, dtype, times=1):
 def undone(order):
     words = order.words.to(torch.int64) & 0xFFFFFFFF
     scales = order.scales.to(torch.int64) & 0xFFFFFFFF
-    even, odd = scales & 0x00FF00FF, (scales >> 8) & 0x00FF00FF
-    if order.block == 16:
-        pairs = torch.stack((even * 16 + 0x70007000, odd * 16 + 0x70007000), dim=-1).flatten(-2)
-    else:
-        pairs = torch.stack((even * 128, odd * 128), dim=-1).flatten(-2).repeat_interleave(2, dim=-1)
+    turned = (scales >> 8) | (scales << 24) & 0xFFFFFFFF
+    both = torch.stack((scales, turned), dim=-1).flatten(-2) & 0x0FF00FF0  # n G c w g j or blocks
+    bf16 = order.dtype == torch.bfloat16
+    pairs = both | 0x70007000 if order.block == 16 and bf16 else both << 3
+    if order.block == 32:
+        pairs = pairs.repeat_interleave(2, dim=-1)
     tiles, groups = words.shape[:2]
     out = torch.zeros(tiles, 4, 2, 8, groups, 4, 4, 2, 4, 2, dtype=torch.float64)  # n w r g G c j h t i
-    mask = 0x81C081C0
-    fields = {
-        (0, 0): words & mask,
-        (0, 1): (words << 3) & mask,
-        (1, 0): (words << 6) & mask,
-        (1, 1): ((words >> 7) & 0x00400040) | ((words >> 3) & 0x01800180) | ((words << 1) & 0x80008000),
-    }
-    for (h, r), i in itertools.product(fields, range(2)):
-        value = _bf16(fields[h, r] >> (16 * i))
-        scale = _bf16(pairs >> (16 * r)).permute(0, 1, 4, 2, 3, 5).unsqueeze(5)
+    mask = 0x81C081C0 if bf16 else 0x8E008E00
+    if bf16:
+        copies = (words, words << 2, words << 6, words >> 6, (words << 12) | (words >> 20))
+        fields = (copies[0], copies[0] ^ copies[2], copies[0] ^ copies[4], copies[1] ^ copies[3])
+    else:
+        fields = tuple(words ^ copy for copy in (words << 2, words << 6, words << 9, words >> 3))
+    for (h, r), i in itertools.product(itertools.product(range(2), range(2)), range(2)):
+        value = _half((fields[2 * h + r] & mask) >> (16 * i), order.dtype)
+        scale = _half(pairs >> (16 * r), order.dtype).unsqueeze(5)
         product = value * scale
-        assert torch.equal(product.bfloat16().double(), product), "code times scale is exact in bf16"
+        assert torch.equal(product.to(order.dtype).double(), product), "code times scale is exact"
         out[:, :, r, :, :, :, :, h, :, i] = (product * order.alpha.double()).permute(0, 3, 4, 1, 2, 6, 5)
     return out.reshape(tiles * 64, groups * 256)
 
 
-def _bf16(bits):
-    return (bits & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.bfloat16).double()
+def _half(bits, dtype):
+    return (bits & 0xFFFF).to(torch.int32).to(torch.int16).view(dtype).double()
 
 
 @pytest.mark.skipif(CUDA, reason="the same without a GPU")
-@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("nvfp4", torch.bfloat16), ("nvfp4", torch.float16), ("mxfp4", torch.bfloat16)]
+)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 17), (130, 300), (64, 256), (63, 1000)])
-def test_the_kernels_order_holds_every_weight_once(rows, width, form):
+def test_the_kernels_order_holds_every_weight_once(rows, width, form, dtype):
     weight = packed(rows, width, form, divisor=64.0)
-    values = undone(shuffle(weight))
+    values = undone(shuffle(weight, dtype))
     assert torch.equal(values[:rows, :width].float(), naive.dequantize(weight, torch.float32))
     assert not values[rows:].any()
     assert not values[:, width:].any()
@@ -107,7 +109,7 @@ def test_the_kernels_order_holds_every_weight_once(rows, width, form):
 @pytest.mark.skipif(CUDA, reason="the same without a GPU")
 def test_gate_and_up_take_turns_of_eight_rows():
     weight = packed(20, 40, divisor=64.0)
-    values, plain = undone(shuffle(weight, gated=True)).float(), naive.dequantize(weight, torch.float32)
+    values, plain = undone(shuffle(weight, torch.bfloat16, gated=True)).float(), naive.dequantize(weight, torch.float32)
     assert torch.equal(values[:8, :40], plain[:8])
     assert torch.equal(values[8:16, :40], plain[10:18])
     assert torch.equal(values[16:18, :40], plain[8:10])
@@ -190,11 +192,11 @@ def settings():
 def test_every_launch_is_the_definition_over_odd_sizes(setting, form):
     for rows, width in itertools.product(SIZES, SIZES):
         weight, bias = packed(rows, width, form), rows_of(1, rows, seed=3)[0]
-        order = shuffle(weight)
+        order = shuffle(weight, torch.bfloat16)
         if isinstance(setting, Decode) and setting.kept and (width % 64 or width > 256 * setting.kept * setting.split):
             width = 1024  # noqa: PLW2901 - x in shared memory wants whole chunks
             weight = packed(rows, width, form)
-            order = shuffle(weight)
+            order = shuffle(weight, torch.bfloat16)
         for count in {1, min(setting.bm, 63), *((setting.bm + 7,) if isinstance(setting, Tile) else ())}:
             x = rows_of(count, width)
             results = [launch.run(x, order, bias, None, setting) for _ in range(2)]
@@ -270,9 +272,9 @@ def test_a_weight_that_was_written_to_is_ordered_anew():
 
 def test_an_order_is_made_once_and_dies_with_its_weight():
     weight = packed(70, 100)
-    first = orders.order_of(weight, gated=False)
-    assert orders.order_of(weight, gated=False) is first
-    assert orders.order_of(weight, gated=True) is not first
+    first = orders.order_of(weight, torch.bfloat16, gated=False)
+    assert orders.order_of(weight, torch.bfloat16, gated=False) is first
+    assert orders.order_of(weight, torch.bfloat16, gated=True) is not first
     key = id(weight.packed)
     assert key in orders._orders
     del weight
@@ -282,29 +284,29 @@ def test_an_order_is_made_once_and_dies_with_its_weight():
 @pytest.mark.parametrize("part", ["packed", "scale", "global_scale"])
 def test_an_order_is_made_anew_when_a_part_was_written_to(part):
     weight = packed(70, 100)
-    first = orders.order_of(weight, gated=False)
+    first = orders.order_of(weight, torch.bfloat16, gated=False)
     with torch.no_grad():
         getattr(weight, part).copy_(getattr(packed(70, 100, seed=9, divisor=64.0), part))
-    second = orders.order_of(weight, gated=False)
+    second = orders.order_of(weight, torch.bfloat16, gated=False)
     assert second is not first
-    fresh = shuffle(weight)
+    fresh = shuffle(weight, torch.bfloat16)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(second[:3], fresh[:3], strict=True))
 
 
 def test_no_order_of_what_is_made_for_every_call():
     weight = packed(70, 100)
-    assert orders.order_of(weight._replace(packed=weight.packed[:64], scale=weight.scale[:64]), gated=False) is None
+    assert orders.order_of(weight._replace(packed=weight.packed[:64], scale=weight.scale[:64]), torch.bfloat16, gated=False) is None
 
 
 def test_weights_of_inference_mode_have_an_order():
     with torch.inference_mode():
         weight = packed(70, 100)
-        assert orders.order_of(weight, gated=False) is orders.order_of(weight, gated=False)
+        assert orders.order_of(weight, torch.bfloat16, gated=False) is orders.order_of(weight, torch.bfloat16, gated=False)
 
 
 def test_a_layer_that_moves_lets_its_order_go():
     layer = FusedFP4Linear(100, 70, device=DEVICE)
-    orders.order_of(layer.packed_weight("weight"), gated=False)
+    orders.order_of(layer.packed_weight("weight"), torch.bfloat16, gated=False)
     assert id(layer.weight_packed) in orders._orders
     layer.to("cpu")
     assert id(layer.weight_packed) not in orders._orders

@@ -17,27 +17,25 @@ from apt_model.ops.fp4.kernel_names import barrier, reinterpret, tma_load
 # What ACTIVATION says.
 RELU, GELU, GELU_TANH, SILU, SWIGLU = (gl.constexpr(code) for code in range(1, 6))
 
-# One word, eight codes, to four pairs of bf16: E2M1's bits in bf16's places are the value times 2^-126. Then times the
-# scale, whose bits are s * 2^119; the product s * w * 2^-7 is exact. A multiplication alone needs compute capability 9.
+# One word, eight codes, to four pairs of bf16: four shifted copies, and of one or two of them the bits of bf16's sign,
+# low exponent and high mantissa (`layout.py` solves for the word). They are the value times 2^-126. Then times the scale,
+# whose bits are s * 2^119; the product s * w * 2^-7 is exact. A multiplication alone needs compute capability 9.
 DECODE_BF16 = gl.constexpr("""
 {
-.reg .b32 w, a, b, c, d, z, u, l;
+.reg .b32 p, q, r, v, a, b, c, d, z, u, l;
 .reg .b16 s, t;
 mov.b32 z, 0x80008000;
 mov.b32 {s, t}, $9;
 mov.b32 u, {s, s};
 mov.b32 l, {t, t};
+shl.b32 p, $8, 2;
+shl.b32 q, $8, 6;
+shr.u32 r, $8, 6;
+shf.l.wrap.b32 v, $8, $8, 12;
 and.b32 a, $8, 0x81C081C0;
-shl.b32 w, $8, 3;
-and.b32 b, w, 0x81C081C0;
-shl.b32 w, $8, 6;
-and.b32 c, w, 0x81C081C0;
-shr.u32 d, $8, 7;
-and.b32 d, d, 0x00400040;
-shr.u32 w, $8, 3;
-lop3.b32 d, w, 0x01800180, d, 0xEA;
-shl.b32 w, $8, 1;
-lop3.b32 d, w, 0x80008000, d, 0xEA;
+lop3.b32 b, $8, q, 0x81C081C0, 0x28;
+lop3.b32 c, $8, v, 0x81C081C0, 0x28;
+lop3.b32 d, p, r, 0x81C081C0, 0x28;
 fma.rn.bf16x2 a, a, u, z;
 fma.rn.bf16x2 b, b, l, z;
 fma.rn.bf16x2 c, c, u, z;
@@ -49,33 +47,24 @@ mov.b32 {$6, $7}, d;
 }
 """)
 
-
-# The same for fp16: E2M1's bits in its places are the value times 2^-14, the scale's are s * 2^7, and the product's
-# factor is 2^-7 again. The codes' order is made for bf16, so this takes five operations more a word.
+# The same for fp16, from words made for it: E2M1's bits in its places are the value times 2^-14, the scale's are s * 2^7,
+# and the product's factor is 2^-7 again.
 DECODE_FP16 = gl.constexpr("""
 {
-.reg .b32 w, v, a, b, c, d, z, u, l;
+.reg .b32 p, q, r, v, a, b, c, d, z, u, l;
 .reg .b16 s, t;
 mov.b32 z, 0x80008000;
 mov.b32 {s, t}, $9;
 mov.b32 u, {s, s};
 mov.b32 l, {t, t};
-and.b32 w, $8, 0x01C001C0;
-shl.b32 w, w, 3;
-lop3.b32 a, $8, 0x80008000, w, 0xEA;
-shl.b32 w, $8, 6;
-and.b32 w, w, 0x0E000E00;
-shl.b32 v, $8, 3;
-lop3.b32 b, v, 0x80008000, w, 0xEA;
-shl.b32 w, $8, 9;
-and.b32 w, w, 0x0E000E00;
-shl.b32 v, $8, 6;
-lop3.b32 c, v, 0x80008000, w, 0xEA;
-and.b32 w, $8, 0x0C000C00;
-shr.u32 v, $8, 4;
-lop3.b32 w, v, 0x02000200, w, 0xEA;
-shl.b32 v, $8, 1;
-lop3.b32 d, v, 0x80008000, w, 0xEA;
+shl.b32 p, $8, 2;
+shl.b32 q, $8, 6;
+shl.b32 r, $8, 9;
+shr.u32 v, $8, 3;
+lop3.b32 a, $8, p, 0x8E008E00, 0x28;
+lop3.b32 b, $8, q, 0x8E008E00, 0x28;
+lop3.b32 c, $8, r, 0x8E008E00, 0x28;
+lop3.b32 d, $8, v, 0x8E008E00, 0x28;
 fma.rn.f16x2 a, a, u, z;
 fma.rn.f16x2 b, b, l, z;
 fma.rn.f16x2 c, c, u, z;
@@ -84,6 +73,29 @@ mov.b32 {$0, $1}, a;
 mov.b32 {$2, $3}, b;
 mov.b32 {$4, $5}, c;
 mov.b32 {$6, $7}, d;
+}
+""")
+
+# A word of scales is two words of one product or block each: the byte of row g in bits 4 to 11, that of g + 8 in bits 20
+# to 27. The first has them there; the second's lie around them, and turning the word by a byte brings them there.
+# Bits of 0x7000 make nvfp4's s * 2^7 in five bits of exponent bf16's s * 2^119.
+SPREAD_BF16 = gl.constexpr("""
+{
+.reg .b32 v, k;
+mov.b32 k, 0x70007000;
+shf.r.wrap.b32 v, $2, $2, 8;
+lop3.b32 $0, $2, 0x0FF00FF0, k, 0xEA;
+lop3.b32 $1, v, 0x0FF00FF0, k, 0xEA;
+}
+""")
+SPREAD_SHIFTED = gl.constexpr("""
+{
+.reg .b32 u, v;
+shf.r.wrap.b32 v, $2, $2, 8;
+and.b32 u, $2, 0x0FF00FF0;
+and.b32 v, v, 0x0FF00FF0;
+shl.b32 $0, u, 3;
+shl.b32 $1, v, 3;
 }
 """)
 
@@ -132,14 +144,12 @@ def layout(name, wg, bm, block, activation, version):
 def expand_scales(packed, BLOCK: gl.constexpr, FP16: gl.constexpr):
     """Words of four bytes [P, w, g, places] -> words of two bf16, for rows g and g + 8, one a product: [P, w, g, j]."""
     P: gl.constexpr = packed.shape[0]
-    even, odd = packed & 0x00FF00FF, (packed >> 8) & 0x00FF00FF
-    if FP16:
-        s = gl.join(even * 128, odd * 128)  # P w g 2 2
-    elif BLOCK == 16:
-        s = gl.join(even * 16 + 0x70007000, odd * 16 + 0x70007000)  # P w g 2 2
-    else:
-        s = gl.join(even * 128, odd * 128)  # P w g 1 2: a block is two products long
-        s = gl.join(s, s)
+    SPREAD: gl.constexpr = SPREAD_BF16 if BLOCK == 16 and not FP16 else SPREAD_SHIFTED
+    s = gl.join(
+        *gl.inline_asm_elementwise(SPREAD, "=r,=r,r", [packed], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
+    )
+    if BLOCK == 32:
+        s = gl.join(s, s)  # a block is two products long
     return s.reshape([P, 4, 8, 4])
 
 
@@ -241,17 +251,26 @@ def finish_split(
 
 
 @gluon.jit
-def load_chunk(words_ptr, scales_ptr, chunk, SCALES: gl.constexpr):
-    """Codes and scales of the 64 inputs of one chunk."""
-    words = gl.load(words_ptr + chunk * 512)
-    return words, gl.load(scales_ptr + (chunk >> 2) * SCALES + (chunk & 3) * (SCALES // 128))
+def load_chunk(words_ptr, scales_ptr, i: gl.constexpr, SCALES: gl.constexpr):
+    """Codes and scales of the 64 inputs of the i-th chunk from here."""
+    words = gl.load(words_ptr + i * 512)
+    return words, gl.load(scales_ptr + i * SCALES)
 
 
 @gluon.jit
-def beside(at, SCALES: gl.constexpr):
-    """Where a chunk's scale words lie: a lane has those of the four chunks of a group side by side."""
-    LANE: gl.constexpr = SCALES // 128
-    return at // LANE * (4 * LANE) + at % LANE
+def inputs_of_chunk(
+    x, kept, group, first, c: gl.constexpr, M, K, stride_x,
+    BM: gl.constexpr, KEPT: gl.constexpr, x_layout: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """X at the c-th chunk from a group's first, as the second operand: [64, BM]."""
+    if KEPT > 0:
+        b = kept.index((group - first) * 4 + c).permute((1, 0)).load(gl.DotOperandLayout(1, mma, 2))
+    else:
+        m = gl.arange(0, BM, gl.SliceLayout(1, x_layout))[:, None]
+        k = (group * 4 + c) * 64 + gl.arange(0, 64, gl.SliceLayout(0, x_layout))[None, :]
+        b = gl.load(x + m * stride_x + k, mask=(m < M) & (k < K), other=0).permute([1, 0])
+        b = gl.convert_layout(b, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+    return b
 
 
 @gluon.jit(do_not_specialize=["M", "groups", "groups_per_split"])
@@ -286,7 +305,7 @@ def decode_kernel(
     With KEPT > 0 the slice has at most so many groups, and `x` is a tensor descriptor of [chunks, M, 64], whose slice
     is brought to shared memory at once. Otherwise `x` is a pointer, and every warp reads what it needs.
     """
-    SCALES: gl.constexpr = 4096 // BLOCK
+    SCALES: gl.constexpr = 1024 // BLOCK
     TYPE: gl.constexpr = gl.float16 if FP16 else gl.bfloat16
     words_layout: gl.constexpr = layout("words", WG, BM, BLOCK, ACTIVATION, 2)
     scales_layout: gl.constexpr = layout("scales", WG, BM, BLOCK, ACTIVATION, 2)
@@ -294,19 +313,18 @@ def decode_kernel(
     out_layout: gl.constexpr = layout("out", WG, BM, BLOCK, ACTIVATION, 2)
     mma: gl.constexpr = layout("mma", WG, BM, BLOCK, ACTIVATION, 2)
     tile, split = gl.program_id(0), gl.program_id(1)
-    first = split * groups_per_split * 4
-    last = gl.minimum(first + groups_per_split * 4, groups * 4)
+    first = split * groups_per_split
+    last = gl.minimum(first + groups_per_split, groups)
     wg_words = gl.arange(0, WG, gl.SliceLayout(1, words_layout))[:, None]
     at_words = gl.arange(0, 512, gl.SliceLayout(0, words_layout))[None, :]
     wg_scales = gl.arange(0, WG, gl.SliceLayout(1, scales_layout))[:, None]
-    at_scales = beside(gl.arange(0, SCALES // 4, gl.SliceLayout(0, scales_layout))[None, :], SCALES)
-    words_ptr += (tile * WG + wg_words).to(gl.int64) * groups * 2048 + at_words
-    scales_ptr += (tile * WG + wg_scales).to(gl.int64) * groups * SCALES + at_scales
+    at_scales = gl.arange(0, SCALES, gl.SliceLayout(0, scales_layout))[None, :]
+    words_ptr += ((tile * WG + wg_words).to(gl.int64) * groups + first) * 2048 + at_words
+    scales_ptr += ((tile * WG + wg_scales).to(gl.int64) * groups + first) * (4 * SCALES) + at_scales
     words = ()
     scales = ()
-    # Past the end the last chunk is read again and not used.
     for i in gl.static_range(AHEAD):
-        q, s = load_chunk(words_ptr, scales_ptr, gl.minimum(first + i, last - 1), SCALES)
+        q, s = load_chunk(words_ptr, scales_ptr, i, SCALES)
         words = words + (q,)
         scales = scales + (s,)
     if KEPT > 0:
@@ -319,25 +337,24 @@ def decode_kernel(
         gdc_wait()
     if KEPT > 0:
         mbarrier.expect(full, KEPT * BM * 512)
-        tma_load(x, [first, 0, 0], full, shared)
+        tma_load(x, [first * 4, 0, 0], full, shared)
         kept = reinterpret(shared, TYPE, KEPT * 4, BM, 64, gl.NVMMASharedLayout(128, 16, 2))
         mbarrier.wait(full, 0)
     else:
-        m = gl.arange(0, BM, gl.SliceLayout(1, x_layout))[:, None]
-        k = gl.arange(0, 64, gl.SliceLayout(0, x_layout))[None, :]
+        kept = 0
     acc = gl.zeros([WG * 64, BM], gl.float32, mma)
-    for group in range(first, last, 4):
-        for c in gl.static_range(4):
-            q, s = load_chunk(words_ptr, scales_ptr, gl.minimum(group + c + AHEAD, last - 1), SCALES)
-            if KEPT > 0:
-                b = kept.index(group - first + c).permute((1, 0)).load(gl.DotOperandLayout(1, mma, 2))
-            else:
-                at = (group + c) * 64 + k
-                b = gl.load(x + m * stride_x + at, mask=(m < M) & (at < K), other=0).permute([1, 0])
-                b = gl.convert_layout(b, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+    for group in range(first, last - AHEAD // 4, AHEAD // 4):
+        for c in gl.static_range(AHEAD):
+            b = inputs_of_chunk(x, kept, group, first, c, M, K, stride_x, BM, KEPT, x_layout, mma)
             acc = mma_v2(fragments(words[0], scales[0], WG, BLOCK, FP16, mma), b, acc)
+            q, s = load_chunk(words_ptr, scales_ptr, AHEAD + c, SCALES)
             words = words[1:] + (q,)
             scales = scales[1:] + (s,)
+        words_ptr += AHEAD * 512
+        scales_ptr += AHEAD * SCALES
+    for c in gl.static_range(AHEAD):
+        b = inputs_of_chunk(x, kept, last - AHEAD // 4, first, c, M, K, stride_x, BM, KEPT, x_layout, mma)
+        acc = mma_v2(fragments(words[c], scales[c], WG, BLOCK, FP16, mma), b, acc)
     finish_split(
         acc, tile, tile, split, 0, out_ptr, bias_ptr, partial_ptr, counter_ptr, gl.load(alpha_ptr), M, N, SPLIT,
         HAS_BIAS, ACTIVATION, WG * 64, BM, out_layout,

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from apt_model.ops.fp4.kernel_decode import beside, finish_split, fragments, layout, load_chunk
+from apt_model.ops.fp4.kernel_decode import finish_split, fragments, layout
 from apt_model.ops.fp4.kernel_names import barrier, tma_load
 
 
@@ -20,6 +20,13 @@ def bring_x(x_desc, m_first, chunk, full, shared, stage, C: gl.constexpr, BM: gl
     """Start to bring C chunks of BM rows of x."""
     mbarrier.expect(full.index(stage), C * BM * 128, pred=pred)
     tma_load(x_desc, [m_first, chunk * 64], full.index(stage), shared.index(stage), pred=pred)
+
+
+@gluon.jit
+def load_chunk_if(words_ptr, scales_ptr, i: gl.constexpr, there, SCALES: gl.constexpr):
+    """Codes and scales of the 64 inputs of the i-th chunk from here; nothing is read where it is not `there`."""
+    words = gl.load(words_ptr + i * 512, mask=there)
+    return words, gl.load(scales_ptr + i * SCALES, mask=there)
 
 
 @gluon.jit(do_not_specialize=["M", "chunks", "steps_per_split"])
@@ -54,7 +61,7 @@ def tile_kernel(
     A step takes C chunks of 64 inputs. While the matrix unit works on one chunk, the next one's weights are decoded,
     and those of AHEAD more and x of STAGES - 1 more steps are on their way.
     """
-    SCALES: gl.constexpr = 4096 // BLOCK
+    SCALES: gl.constexpr = 1024 // BLOCK
     TYPE: gl.constexpr = gl.float16 if FP16 else gl.bfloat16
     words_layout: gl.constexpr = layout("words", WG, BM, BLOCK, ACTIVATION, 3)
     scales_layout: gl.constexpr = layout("scales", WG, BM, BLOCK, ACTIVATION, 3)
@@ -66,14 +73,13 @@ def tile_kernel(
     wg_words = gl.arange(0, WG, gl.SliceLayout(1, words_layout))[:, None]
     at_words = gl.arange(0, 512, gl.SliceLayout(0, words_layout))[None, :]
     wg_scales = gl.arange(0, WG, gl.SliceLayout(1, scales_layout))[:, None]
-    at_scales = gl.arange(0, SCALES // 4, gl.SliceLayout(0, scales_layout))[None, :]
-    at_scales = beside(at_scales, SCALES)
-    words_ptr += (tile * WG + wg_words).to(gl.int64) * groups * 2048 + at_words
-    scales_ptr += (tile * WG + wg_scales).to(gl.int64) * groups * SCALES + at_scales
+    at_scales = gl.arange(0, SCALES, gl.SliceLayout(0, scales_layout))[None, :]
+    words_ptr += ((tile * WG + wg_words).to(gl.int64) * groups * 4 + first) * 512 + at_words
+    scales_ptr += ((tile * WG + wg_scales).to(gl.int64) * groups * 4 + first) * SCALES + at_scales
     words = ()
     scales = ()
     for i in gl.static_range(AHEAD):
-        q, s = load_chunk(words_ptr, scales_ptr, gl.minimum(first + i, last - 1), SCALES)
+        q, s = load_chunk_if(words_ptr, scales_ptr, i, first + i < last, SCALES)
         words = words + (q,)
         scales = scales + (s,)
     m_first = m_tile * BM
@@ -92,6 +98,8 @@ def tile_kernel(
     a_before = a
     for step in range(first, last, C):
         turn = (step - first) // C
+        # Pointers that the loop carries make ptxas wait for every product.
+        words_at, scales_at = words_ptr + (step - first) * 512, scales_ptr + (step - first) * SCALES
         mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
         x = shared.index(turn % STAGES)
         for c in gl.static_range(C):
@@ -109,7 +117,7 @@ def tile_kernel(
                     x_desc, m_first, first + ahead * C, full, shared, ahead % STAGES, C, BM, first + ahead * C < last
                 )
             a_before = a
-            q, s = load_chunk(words_ptr, scales_ptr, gl.minimum(step + c + AHEAD, last - 1), SCALES)
+            q, s = load_chunk_if(words_at, scales_at, AHEAD + c, step + c + AHEAD < last, SCALES)
             words = words[1:] + (q,)
             scales = scales[1:] + (s,)
             a = fragments(words[0], scales[0], WG, BLOCK, FP16, mma)

@@ -86,6 +86,8 @@ def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None
     tiles, groups = weight.words.shape[:2]
     while tiles % setting.wg:  # every warpgroup has its 64 rows
         setting = setting._replace(wg=setting.wg // 2)
+    if isinstance(setting, Decode):
+        setting = _whole_slices(setting, groups)
     described = isinstance(setting, Tile) or setting.kept > 0
     x = _aligned(x) if described else x.contiguous()
     (m, k), index = x.shape, x.device.index
@@ -98,7 +100,7 @@ def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None
     counters = weight.counters if spots <= len(weight.counters) else weight.counters.new_zeros(spots)
     common = {
         "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "AHEAD": setting.ahead, "BLOCK": weight.block,
-        "FP16": x.dtype == torch.float16, "HAS_BIAS": bias is not None, "ACTIVATION": CODES[activation],
+        "FP16": weight.dtype == torch.float16, "HAS_BIAS": bias is not None, "ACTIVATION": CODES[activation],
         "PDL": capability >= _HOPPER, "launch_pdl": capability >= _HOPPER, "num_warps": 4 * setting.wg,
     }  # fmt: skip
     operands = (weight.words, weight.scales, weight.alpha, bias, out, partial, counters)
@@ -118,9 +120,17 @@ def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None
                 source = TensorDescriptor(x, [k // 64, m, 64], [64, x.stride(0), 1], block, layout)
             decode_kernel[(rows, setting.split)](
                 source, *operands, m, out.shape[1], k, x.stride(0), groups, -(-groups // setting.split),
-                KEPT=setting.kept, **common,
+                KEPT=setting.kept, maxnreg=64 if setting.ahead == 4 else None, **common,
             )  # fmt: skip
     return out
+
+
+def _whole_slices(setting: Decode, groups: int) -> Decode:
+    """No slice of the inputs is empty, and each has as many groups as are loaded ahead, or a multiple."""
+    per = -(-groups // setting.split)
+    setting = setting._replace(split=-(-groups // per))
+    fits = per % (setting.ahead // 4) == 0 and groups % (setting.ahead // 4) == 0
+    return setting if fits else setting._replace(ahead=4)
 
 
 def _aligned(x: Tensor) -> Tensor:

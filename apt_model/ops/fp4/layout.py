@@ -8,42 +8,55 @@ The operand of one product over 16 inputs gives lane 4 g + t of a warp the weigh
 #   g, t = row and place of a lane, j = the 4 products of a chunk, h, i = the four inputs of one product, r = row half
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_model.ops.fp4.format import MXFP4, NVFP4, PackedWeight, row_blocks, unpack
+from apt_model.ops.fp4.format import MXFP4, NVFP4, PackedWeight, pack, row_blocks, row_bytes, unpack
 
 TILE_ROWS = 64
 # Counters a tile: one for each group of rows of x that a launch may have.
 _COUNTERS = 16
 GROUP_INPUTS = 256
-# A word holds eight codes, in the order in which three shifts and one mask bring them to bf16's places: for each of the
-# four pairs (h, r) the bits of sign, high, middle and low, in either half of the word.
-_BITS = (((15, 8, 7, 6), (12, 5, 4, 3)), ((9, 2, 1, 0), (14, 11, 10, 13)))
+# Rows that are brought into order at once: what is needed beside the weight is some 20 bytes a weight of these.
+_SLAB_ROWS = 1024
+# How the kernels take a word's four pairs apart (`kernel_decode.py`): shifted copies of the word, and for each pair
+# (h, r) those of one or two copies, by exclusive or, that stand at the places of sign, exponent and mantissa. No order
+# of 32 bits lets each be read off a copy of its own by four shifts; sums of two do, and take 8 operations and not 11.
+# Found by trying all; the words are solved for.
+_COPIES = {
+    torch.bfloat16: ((0,), (2,), (6,), (-6,), (12, -20)),  # to the left; both of the last together turn the word
+    torch.float16: ((0,), (2,), (6,), (9,), (-3,)),
+}
+_PAIRS = {torch.bfloat16: ((0,), (0, 2), (0, 4), (1, 3)), torch.float16: ((0, 1), (0, 2), (0, 3), (0, 4))}
+# Places of a code's bits, the lowest first.
+_PLACES = {torch.bfloat16: (6, 7, 8, 15), torch.float16: (9, 10, 11, 15)}
 # Scales are kept times this, so that E4M3's subnormal values become normal: 5 bits of exponent and 3 of mantissa.
 _SCALE_FACTOR = 2.0**7
 # The largest byte whose exponent, moved by this, still fits bf16's 8 bits.
 _E8M0_MOVE = 119
+_MOVED_BY = 127
 
 
 class Shuffled(NamedTuple):
     """A weight [N, K] in the kernels' order."""
 
     words: Tensor  # int32 [n, G, c, w, g, t, j]: eight codes each
-    scales: Tensor  # int32 [n, G, w, g, c, 2 (nvfp4) or 1 (mxfp4)]: rows g and g + 8 of two blocks each
+    scales: Tensor  # int32 [n, G, c, w, g, 2 (nvfp4) or 1 (mxfp4)]: rows g and g + 8 of two blocks each
     alpha: Tensor  # float32 [1]: what the sum is multiplied with
     counters: Tensor  # int32: zeros, which every launch leaves as it found them
     out_features: int
     in_features: int
     block: int
     gated: bool  # rows of gate and up in turns of eight, for swiglu
+    dtype: torch.dtype  # of x: bfloat16 or float16, which have the codes' bits in other places
 
 
-def shuffle(weight: PackedWeight, *, gated: bool = False) -> Shuffled:
-    """Bring a packed [N, K] weight into the kernels' order.
+def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) -> Shuffled:
+    """Bring a packed [N, K] weight into the kernels' order for x in `dtype`.
 
     With `gated` the first half of the rows (gate) and the second (up) take turns of eight, so that one lane holds both.
     """
@@ -51,26 +64,38 @@ def shuffle(weight: PackedWeight, *, gated: bool = False) -> Shuffled:
     packed, scale = weight.packed, weight.scale.view(torch.uint8)
     if gated:
         packed, scale = (_interleave(each) for each in (packed, scale))
-    rows_n, groups = -(-packed.shape[0] // TILE_ROWS), -(-size // GROUP_INPUTS)
-    pad_rows = rows_n * TILE_ROWS - packed.shape[0]
+    tiles, groups = -(-packed.shape[0] // TILE_ROWS), -(-size // GROUP_INPUTS)
     dead = (scale == 0) if form == NVFP4 else torch.zeros_like(scale, dtype=torch.bool)
     blocks = groups * GROUP_INPUTS // form.block
-    scale = F.pad(scale, (0, blocks - scale.shape[1], 0, pad_rows))
-    dead = F.pad(dead, (0, blocks - dead.shape[1], 0, pad_rows), value=True)
+    added = (0, blocks - scale.shape[1], 0, tiles * TILE_ROWS - packed.shape[0])
+    scale, dead = F.pad(scale, added), F.pad(dead, added, value=True)
     scale, alpha = _nvfp4_scales(scale) if form == NVFP4 else _mxfp4_scales(scale, row_blocks(size, form))
     if weight.global_scale is not None:
         alpha = alpha / weight.global_scale
-    words = torch.cat(
-        [
-            _words(F.pad(packed[i : i + 4096], (0, groups * 128 - packed.shape[1])), dead[i : i + 4096], form.block)
-            for i in range(0, packed.shape[0], 4096)
-        ]
-    )
-    places = 64 // form.block // 2
-    scale = scale.view(rows_n, 4, 2, 8, groups, 4, places, 2).permute(0, 4, 1, 3, 5, 6, 2, 7)  # n G w g c . r b
-    scale = scale.flatten(-2).contiguous().view(torch.int32).squeeze(-1)
-    counters = torch.zeros(rows_n * _COUNTERS, dtype=torch.int32, device=words.device)
-    return Shuffled(words, scale, alpha.to(torch.float32), counters, rows, size, form.block, gated)
+    words = torch.empty(tiles, groups, 4, 4, 8, 4, 4, dtype=torch.int32, device=packed.device)
+    step = _SLAB_ROWS // TILE_ROWS
+    for i in range(0, tiles, step):
+        rows_i = slice(i * TILE_ROWS, (i + step) * TILE_ROWS)
+        part = F.pad(packed[rows_i], (0, groups * GROUP_INPUTS // 2 - packed.shape[1], 0, -len(packed[rows_i]) % TILE_ROWS))
+        words[i : i + step] = _words(part, dead[rows_i], form.block, dtype)
+    counters = torch.zeros(tiles * _COUNTERS, dtype=torch.int32, device=words.device)
+    scales = _spread(scale.view(tiles, 4, 2, 8, groups, 4, -1, 2))
+    return Shuffled(words, scales, alpha.to(torch.float32), counters, rows, size, form.block, gated, dtype)
+
+
+def unshuffle(order: Shuffled, global_scale: Tensor | None) -> PackedWeight:
+    """The packed weight that `order` was made from; codes of blocks whose scale is 0 come back as 0."""
+    form = NVFP4 if order.block == NVFP4.block else MXFP4
+    codes, scale = _codes(order.words, order.dtype), _gather(order.scales)
+    if form == NVFP4:
+        scale = ((scale.to(torch.int16) << 7).view(torch.float16).to(torch.float32) / _SCALE_FACTOR).to(form.scale_dtype)
+    else:
+        scale = (scale - (_MOVED_BY - torch.frexp(order.alpha).exponent)).to(torch.uint8)
+    if order.gated:
+        codes, scale = (_take_turns_back(each, order.out_features) for each in (codes, scale.view(torch.uint8)))
+    codes = codes[: order.out_features, : row_bytes(order.in_features) * 2]
+    scale = scale[: order.out_features, : row_blocks(order.in_features, form)]
+    return PackedWeight(pack(codes), scale.view(form.scale_dtype).contiguous(), global_scale, order.in_features)
 
 
 def _interleave(rows: Tensor) -> Tensor:
@@ -79,24 +104,79 @@ def _interleave(rows: Tensor) -> Tensor:
     return torch.stack((gate.unflatten(0, (-1, 8)), up.unflatten(0, (-1, 8))), dim=1).flatten(0, 2)
 
 
-def _words(packed: Tensor, dead: Tensor, block: int) -> Tensor:
-    """Codes [R, G * 128 bytes] -> int32 [n, G, c, w, g, t, j]; codes of blocks without a scale become 0."""
-    packed = F.pad(packed, (0, 0, 0, -packed.shape[0] % TILE_ROWS))
-    dead = F.pad(dead, (0, 0, 0, packed.shape[0] - dead.shape[0]), value=True) if len(dead) < len(packed) else dead
-    codes = unpack(packed, packed.shape[1] * 2).unflatten(1, (-1, block))
-    codes = codes.masked_fill(dead[: len(packed), :, None], 0)
-    tiles, groups = packed.shape[0] // TILE_ROWS, packed.shape[1] // 128
-    codes = codes.view(tiles, 4, 2, 8, groups, 4, 4, 2, 4, 2)  # n w r g G c j h t i
-    codes = codes.permute(0, 4, 5, 1, 3, 8, 6, 7, 2, 9).to(torch.int32)  # n G c w g t j h r i
+def _take_turns_back(rows: Tensor, count: int) -> Tensor:
+    """The inverse of `_interleave`, for `count` rows."""
+    pairs = rows[: -(-count // 16) * 16].unflatten(0, (-1, 2, 8))
+    return torch.cat([pairs[:, which].flatten(0, 1)[: count // 2] for which in range(2)])
+
+
+def _words(packed: Tensor, dead: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """Codes [n * 64, G * 128 bytes] -> int32 [n, G, c, w, g, t, j]; codes of blocks without a scale become 0."""
+    codes = unpack(packed, packed.shape[1] * 2).unflatten(1, (-1, block)).masked_fill(dead[:, :, None], 0)
+    codes = codes.view(packed.shape[0] // TILE_ROWS, 4, 2, 8, packed.shape[1] // 128, 4, 4, 2, 4, 2)  # n w r g G c j h t i
+    codes = codes.permute(0, 4, 5, 1, 3, 8, 6, 7, 2, 9).to(torch.int32).flatten(7)  # n G c w g t j (h r i)
     words = torch.zeros(codes.shape[:7], dtype=torch.int32, device=packed.device)
-    for h in range(2):
-        for r in range(2):
-            for i in range(2):
-                code, (sign, high, middle, low) = codes[..., h, r, i], _BITS[h][r]
-                places = ((3, sign), (2, high), (1, middle), (0, low))
-                for source, target in places:
-                    words |= ((code >> source) & 1) << (target + 16 * i)
+    for at in range(8):
+        for bit in range(4):
+            words ^= ((codes[..., at] >> bit) & 1) * _columns(dtype)[at * 4 + bit]
     return words
+
+
+def _codes(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `_words`: int32 [n, G, c, w, g, t, j] -> uint8 codes [n * 64, G * 256]."""
+    codes = torch.zeros(*words.shape, 8, dtype=torch.uint8, device=words.device)
+    for at in range(8):
+        for bit in range(4):
+            for source in _sources(dtype, at, bit):
+                codes[..., at] ^= (((words >> source) & 1) << bit).to(torch.uint8)
+    tiles, groups = words.shape[:2]
+    codes = codes.unflatten(-1, (2, 2, 2)).permute(0, 3, 8, 4, 1, 2, 6, 7, 5, 9)  # n w r g G c j h t i
+    return codes.reshape(tiles * TILE_ROWS, groups * GROUP_INPUTS)
+
+
+def _sources(dtype: torch.dtype, at: int, bit: int) -> list[int]:
+    """Bits of a word whose sum is bit `bit` of code (h, r, i) = `at`."""
+    place = _PLACES[dtype][bit] + at % 2 * 16
+    shifts = [shift for copy in _PAIRS[dtype][at // 2] for shift in _COPIES[dtype][copy]]
+    return [place - shift for shift in shifts if 0 <= place - shift < 32]
+
+
+@functools.cache
+def _columns(dtype: torch.dtype) -> list[int]:
+    """For each bit of each of a word's codes the bits of the word that it turns over, as an int32."""
+    rows = []
+    for target in range(32):
+        form = 0
+        for source in _sources(dtype, target // 4, target % 4):
+            form ^= 1 << source
+        rows.append(form | 1 << (32 + target))
+    for column in range(32):
+        pivot = next(i for i in range(column, 32) if rows[i] >> column & 1)
+        rows[column], rows[pivot] = rows[pivot], rows[column]
+        rows = [row ^ rows[column] if i != column and row >> column & 1 else row for i, row in enumerate(rows)]
+    # Row b of the inverse says which bits of codes turn bit b of the word; transposed, as signed numbers.
+    columns = [sum((rows[b] >> (32 + target) & 1) << b for b in range(32)) for target in range(32)]
+    return [column - (1 << 32 if column >> 31 else 0) for column in columns]
+
+
+def _spread(scale: Tensor) -> Tensor:
+    """Bytes [n, w, r, g, G, c, place, b] -> int32 [n, G, c, w, g, place].
+
+    A word's first block b = 0 has its bytes, of rows g and g + 8, in bits 4 to 11 and 20 to 27; the second block's are
+    around them, where turning the word right by 8 brings them there.
+    """
+    scale = scale.permute(0, 4, 5, 1, 3, 6, 7, 2).to(torch.int32)  # n G c w g place b r
+    first = scale[..., 0, 0] << 4 | scale[..., 0, 1] << 20
+    second = scale[..., 1, 0] << 4 | scale[..., 1, 1] << 20
+    return (first | second << 8 | second >> 24 & 0xFF).contiguous()
+
+
+def _gather(scales: Tensor) -> Tensor:
+    """The inverse of `_spread`: -> uint8 [n * 64, blocks]."""
+    turned = scales >> 8 & 0xFFFFFF | scales << 24
+    bytes_ = torch.stack([torch.stack([each >> 4 & 0xFF, each >> 20 & 0xFF], -1) for each in (scales, turned)], -2)
+    tiles = scales.shape[0]
+    return bytes_.to(torch.uint8).permute(0, 3, 7, 4, 1, 2, 5, 6).reshape(tiles * TILE_ROWS, -1)  # n w r g G c place b
 
 
 def _nvfp4_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +191,7 @@ def _mxfp4_scales(scale: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     move = torch.minimum(torch.full_like(largest, _E8M0_MOVE), 254 - largest)
     moved = (scale.to(torch.int32) + move).clamp(1, 254)
     # A code is taken 2^126 too small, the scale 2^move too large.
-    alpha = torch.ldexp(torch.ones(1, device=scale.device), (126 - move).view(1))
+    alpha = torch.ldexp(torch.ones(1, device=scale.device), (126 - move).view(1))  # frexp's exponent is one more
     return moved.to(torch.uint8), alpha
 
 

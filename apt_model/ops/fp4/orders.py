@@ -2,13 +2,14 @@
 
 from weakref import finalize
 
+import torch
 from torch import Tensor, nn
 
 from apt_model.core.system.cuda import CudaDevice
 from apt_model.ops.fp4.format import PackedWeight
 from apt_model.ops.fp4.layout import Shuffled, shuffle
 
-_orders: dict[int, tuple[tuple[int, ...], Shuffled]] = {}
+_orders: dict[int, tuple[tuple[object, ...], Shuffled]] = {}
 
 
 def lives(weight: PackedWeight) -> bool:
@@ -16,7 +17,7 @@ def lives(weight: PackedWeight) -> bool:
     return isinstance(weight.packed, nn.Parameter)
 
 
-def order_of(weight: PackedWeight, *, gated: bool) -> Shuffled | None:
+def order_of(weight: PackedWeight, dtype: torch.dtype, *, gated: bool) -> Shuffled | None:
     """The kernels' order, made anew when a tensor of the weight was written to, moved or replaced.
 
     None for a weight that is made for every call (a view, an expert picked from a stack), and while a CUDA graph is
@@ -25,7 +26,7 @@ def order_of(weight: PackedWeight, *, gated: bool) -> Shuffled | None:
     if not lives(weight):
         return None
     parts = [part.detach() for part in weight[:3] if part is not None]
-    state = (int(gated), *weight.shape, *map(_count, parts), *(part.data_ptr() for part in parts))
+    state = (dtype, int(gated), *weight.shape, *map(_count, parts), *(part.data_ptr() for part in parts))
     key = id(weight.packed)
     found = _orders.get(key)
     if found is not None and found[0] == state:
@@ -37,7 +38,7 @@ def order_of(weight: PackedWeight, *, gated: bool) -> Shuffled | None:
     else:
         del _orders[key]  # before the new one is made
     divisor = parts[2] if len(parts) > 2 else None
-    made = shuffle(PackedWeight(parts[0], parts[1], divisor, weight.in_features), gated=gated)
+    made = shuffle(PackedWeight(parts[0], parts[1], divisor, weight.in_features), dtype, gated=gated)
     _orders[key] = (state, made)
     return made
 

@@ -59,7 +59,7 @@ def _forward(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: s
         return _definition(x, weight, bias, activation)
     flat = x.reshape(-1, weight.in_features)
     setting = launch.choose(len(flat), weight, x.dtype)
-    order = None if setting is None else orders.order_of(weight, gated=activation == "swiglu")
+    order = None if setting is None else orders.order_of(weight, x.dtype, gated=activation == "swiglu")
     if setting is None or order is None:
         out = slab.linear(flat, weight, bias, activation)
     else:
