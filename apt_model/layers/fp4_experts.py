@@ -60,7 +60,7 @@ def pack_experts(module: nn.Module, *, format: str = "nvfp4") -> FP4Experts:  # 
         delattr(module, name)
     module.__class__ = _packed_class(type(module), tuple(packed))  # type: ignore[arg-type]  # classes have hashes
     assert isinstance(module, FP4Experts)
-    module.format, module.dtype, module.slots = format, dtype, {}
+    module.format, module.dtype, module.slots, module.orders = format, dtype, {}, {}
     for name, weight in packed.items():
         module.add_packed(name, weight, swapped=swapped)
     return module
@@ -75,7 +75,7 @@ def unpack_experts(module: FP4Experts, dtype: torch.dtype | None = None) -> nn.M
         whole[name] = values.mT.contiguous() if slot.swapped else values
         for part in ("packed", "scale", "global_scale"):
             delattr(module, f"{name}_{part}")
-    for name in ("format", "dtype", "slots"):
+    for name in ("format", "dtype", "slots", "orders"):
         delattr(module, name)
     plain: nn.Module = module
     plain.__class__ = type(module).__bases__[1]
@@ -92,7 +92,7 @@ def _packed_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[FP4Exper
 
 
 def _view(module: FP4Experts, name: str) -> torch.Tensor:
-    return module.weight_view(name)
+    return module.weight_view(name, reordered=True)
 
 
 def _inputs_come_first(module: nn.Module, weights: dict[str, nn.Parameter]) -> bool:

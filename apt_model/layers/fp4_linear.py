@@ -9,7 +9,7 @@ from typing_extensions import Self
 from apt_model.core.errors import InputError
 from apt_model.core.options import require
 from apt_model.layers.packed import PackedModule, check_dtype, empty, pack, tensors
-from apt_model.layers.packed_products import dequantize_in_slabs, fused_linear
+from apt_model.layers.packed_products import dequantize_in_slabs, fused_linear, product_dtype
 from apt_model.ops import fp4
 from apt_model.ops.fp4 import ACTIVATIONS, FORMATS
 
@@ -60,7 +60,7 @@ class FusedFP4Linear(PackedModule, nn.Linear):
         if activation == "swiglu":
             require(out_features % 2 == 0, f"{where}.out_features", "an even number with swiglu", out_features)
         self.in_features, self.out_features = in_features, out_features
-        self.format, self.activation, self.slots = format, activation, {}
+        self.format, self.activation, self.slots, self.orders = format, activation, {}, {}
         self.dtype = check_dtype(dtype or torch.get_default_dtype(), where)
         self.add_packed("weight", empty((out_features, in_features), format, device))
         made = nn.Parameter(torch.empty(out_features, device=device, dtype=self.dtype)) if bias else None
@@ -130,12 +130,15 @@ class FusedFP4Linear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out] (swiglu: [..., out / 2]), same type; under autocast in autocast's."""
-        return fused_linear(x, self.packed_weight("weight"), self.bias, self.activation)
+        weight = self.operand("weight", product_dtype(x), gated=self.activation == "swiglu")
+        return fused_linear(x, weight, self.bias, self.activation)
 
     def explain(self, rows: int, dtype: torch.dtype | None = None) -> str:
         """One line: what computes `rows` rows of input in `dtype` (None is the layer's) where the layer is, and why."""
         require(rows > 0, "explain.rows", "above 0", rows)
-        return fp4.explain(rows, self.packed_weight("weight"), dtype or self.dtype, self.activation)
+        dtype = dtype or self.dtype
+        weight = self.operand("weight", dtype, gated=self.activation == "swiglu")
+        return fp4.explain(rows, weight, dtype, self.activation)
 
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""

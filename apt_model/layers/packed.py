@@ -1,6 +1,8 @@
 """What modules with weights in 4 bits share: how the packed tensors are kept, moved, loaded and read.
 
-A weight called `w` is kept as the parameters `w_packed`, `w_scale` and, in nvfp4, `w_global_scale` (`ops/fp4`).
+A weight called `w` is kept as the parameters `w_packed`, `w_scale` and, in nvfp4, `w_global_scale` (`ops/fp4`). On a GPU
+its first product brings the first two into the kernels' order, in which they stay: the same bytes, moved. Reading them
+as attributes, moving the module and setting them bring the order of files back, and a state dict always has that.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,10 +13,11 @@ from torch import Tensor, nn
 
 from apt_model.core.errors import InputError
 from apt_model.core.options import require
+from apt_model.core.system.cuda import CudaDevice
 from apt_model.layers.packed_products import dequantize_in_slabs
 from apt_model.layers.packed_view import PackedView
 from apt_model.ops import fp4
-from apt_model.ops.fp4 import FORMATS, PackedWeight
+from apt_model.ops.fp4 import FORMATS, Operand, PackedWeight, Shuffled
 from apt_model.ops.fp4.format import row_blocks, row_bytes
 
 # What a packed weight can stand for.
@@ -66,6 +69,9 @@ class PackedModule(nn.Module):
     format: str
     dtype: torch.dtype
     slots: dict[str, Slot]
+    is_sharded = False  # by FSDP
+    fixed: frozenset[str] = frozenset()  # weights whose bytes the kernels' order cannot hold
+    orders: dict[str, Shuffled]  # of the weights whose parameters are in the kernels' order
 
     def add_packed(self, name: str, weight: PackedWeight, *, swapped: bool = False) -> None:
         """Keep `weight` as the parameters of `name`."""
@@ -76,11 +82,14 @@ class PackedModule(nn.Module):
             self.register_parameter(f"{name}_{part}", made)
 
     def packed_weight(self, name: str) -> PackedWeight:
-        """The tensors of `name`, in their own types.
+        """The tensors of `name` as files have them, in their own types; copies while they are in the kernels' order.
 
         FSDP2 with `MixedPrecisionPolicy(param_dtype)` casts every float parameter while a module runs: scales are
         cast back, which is exact; a global scale that is no power of two has then been rounded to bf16.
         """
+        order = self._order(name)
+        if order is not None:
+            return fp4.unshuffle(order)
         held: Mapping[str, Tensor | None] = self._parameters
         packed, scale, divisor = held[f"{name}_packed"], held[f"{name}_scale"], held[f"{name}_global_scale"]
         assert packed is not None
@@ -95,13 +104,97 @@ class PackedModule(nn.Module):
             scale, divisor = scale.to(form.scale_dtype), None if divisor is None else divisor.to(torch.float32)
         return PackedWeight(packed, scale, divisor, self.slots[name].shape[-1])
 
-    def weight_view(self, name: str) -> Tensor:
-        """`name` as its readers know it: a read-only view; a plain tensor while torch.compile traces."""
-        slot, weight = self.slots[name], self.packed_weight(name)
+    def operand(self, name: str, dtype: torch.dtype, *, gated: bool = False) -> Operand:
+        """`name` as a product with inputs in `dtype` takes it: in the kernels' order where there are kernels."""
+        # While torch.compile traces nothing may be read before it is in place.
+        (self._prepare_traced if torch.compiler.is_compiling() else self._prepare)(name, dtype, gated)
+        order = self._order(name)
+        return self.packed_weight(name) if order is None else order
+
+    def restore(self, name: str) -> None:
+        """Bring the parameters of `name` back from the kernels' order to that of files."""
+        if self._order(name) is not None:
+            weight = self.packed_weight(name)
+            del self.orders[name]
+            self._replace(name, weight.packed, weight.scale)
+
+    def _order(self, name: str) -> Shuffled | None:
+        """The order that the parameters of `name` are in, unless it is that of files."""
+        order = self.orders.get(name)
+        if order is None:
+            return None
+        held: Mapping[str, Any] = self._parameters
+        words, scales = held[f"{name}_packed"], held[f"{name}_scale"]
+        if order.words is words and order.scales is scales:
+            return order
+        if words is None or words.dtype != torch.int32:  # someone put other parameters there
+            del self.orders[name]
+            return None
+        return order._replace(words=words, scales=scales, global_scale=held[f"{name}_global_scale"])
+
+    def _prepare(self, name: str, dtype: torch.dtype, gated: bool) -> None:
+        order = self._order(name)
+        if order is None or order.dtype != dtype or order.gated != gated:
+            self._reorder(name, dtype, gated)
+
+    def _prepare_traced(self, name: str, dtype: torch.dtype, gated: bool) -> None:
+        """The same for torch.compile, which calls it and does not look into it; what it has seen stays as it is."""
+        if self._order(name) is None:
+            self._reorder(name, dtype, gated)
+
+    # What torch.compiler.assume_constant_result does, which would import all of dynamo here.
+    _prepare_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _reorder(self, name: str, dtype: torch.dtype, gated: bool) -> None:
+        """Bring `name` into the order of products with inputs in `dtype`, if there is one and it can stay there."""
+        if not self._may_reorder(name, dtype):
+            return
+        order = fp4.shuffle_if_reversible(self.packed_weight(name), dtype, gated=gated)
+        if order is None:
+            self.fixed = self.fixed | {name}
+            return
+        self._replace(name, order.words, order.scales)
+        held: Mapping[str, Any] = self._parameters
+        self.orders[name] = order._replace(
+            words=held[f"{name}_packed"], scales=held[f"{name}_scale"], global_scale=held[f"{name}_global_scale"]
+        )
+
+    def _may_reorder(self, name: str, dtype: torch.dtype) -> bool:
+        packed: Any = self._parameters[f"{name}_packed"]
+        if not fp4.wants_order(FORMATS[self.format], packed.device, dtype):
+            return False
+        if packed.is_cuda and CudaDevice.is_capturing():
+            return False
+        if name in self.fixed or self.is_sharded or type(packed) is not nn.Parameter:
+            return False
+        hook = getattr(self, "_hf_hook", None)  # accelerate's: may put the files' order in place for each call
+        return not any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
+
+    def _replace(self, name: str, packed: Tensor, scale: Tensor) -> None:
+        for part, tensor in (("packed", packed), ("scale", scale)):
+            key = f"{name}_{part}"
+            made = nn.Parameter(tensor, requires_grad=False)
+            made.__dict__.update(vars(self._parameters[key]))  # marks of others
+            self._parameters[key] = made
+
+    def weight_view(self, name: str, *, reordered: bool = False) -> Tensor:
+        """`name` as its readers know it: a read-only view; a plain tensor while torch.compile traces.
+
+        With `reordered` products with the view are the fused ones: the weight is brought into their order first.
+        """
+        slot = self.slots[name]
+        weight = (self.operand(name, self.dtype) if reordered else self._order(name)) or self.packed_weight(name)
         if not torch.compiler.is_compiling():
             return PackedView(weight, self.dtype, swapped=slot.swapped)
         values = dequantize_in_slabs(weight, self.dtype)
         return values.mT if slot.swapped else values
+
+    def __getattr__(self, name: str) -> Any:
+        for slot in self.__dict__.get("orders", ()):
+            if name in (f"{slot}_packed", f"{slot}_scale"):
+                self.restore(slot)
+                break
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         slots: Mapping[str, Slot] = self.__dict__.get("slots", {})
@@ -110,24 +203,52 @@ class PackedModule(nn.Module):
                 f"{type(self).__name__}.{name} is packed in {self.format} and cannot be assigned",
                 remedy="load_state_dict quantises a full-precision weight",
             )
-        if isinstance(value, nn.Parameter) and any(name == f"{slot}_{part}" for slot in slots for part in PARTS):
-            value.requires_grad_(False)  # loaders make every float tensor trainable
+        if isinstance(value, nn.Parameter):
+            for slot in slots:
+                if any(name == f"{slot}_{part}" for part in PARTS):
+                    value.requires_grad_(False)  # loaders make every float tensor trainable
+                    self._set_part(slot, value)
         super().__setattr__(name, value)
+
+    def _set_part(self, slot: str, value: nn.Parameter) -> None:
+        """What has to be so before a part of `slot` becomes `value`."""
+        sharded = hasattr(value, "device_mesh")
+        if sharded and self._order(slot) is not None:
+            raise InputError(
+                f"{type(self).__name__}: its weight is in the kernels' order and cannot be sharded",
+                remedy=f"read layer.{slot}_packed before fully_shard: that brings the order of files back",
+            )
+        if value.dtype != torch.int32:
+            self.restore(slot)
+        self.fixed = self.fixed - {slot}
+        self.is_sharded = self.is_sharded or sharded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
         """Move as torch does, but keep the packed tensors' types."""
+        for slot in list(self.orders):
+            device = self.orders[slot].device
+            if fn(torch.empty(0, dtype=torch.uint8, device=device)).device != device:
+                self.restore(slot)
         kept = {id(self._parameters[f"{slot}_{part}"]) for slot in self.slots for part in PARTS}
+        still = {id(self._parameters[f"{slot}_{part}"]) for slot in self.orders for part in PARTS}
 
         def keep(tensor: Tensor) -> Tensor:
+            if id(tensor) in still:
+                return tensor
             moved = fn(tensor)
             return moved if id(tensor) not in kept or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        for slot in self.slots:
-            fp4.forget(self.packed_weight(slot).packed)
         super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype  # not the default device: it may be meta
         self.dtype = dtype if dtype in FLOATS else self.dtype
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As torch does, with weights in the kernels' order copied back to that of files."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for slot in list(self.orders):
+            for part, tensor in tensors(self.packed_weight(slot)).items():
+                destination[f"{prefix}{slot}_{part}"] = tensor.detach()
 
     def _load_from_state_dict(  # noqa: PLR0917 - torch's signature
         self,
@@ -141,6 +262,9 @@ class PackedModule(nn.Module):
     ) -> None:
         """Quantise what came in full precision and check what came packed; with a fault nothing is loaded."""
         assign = local_metadata.get("assign_to_params_buffers", False)
+        for name in list(self.orders):
+            self.restore(name)
+        self.fixed = frozenset()
         whole = {name: state_dict[prefix + name] for name in self.slots if prefix + name in state_dict}
         faults = [fault for name in self.slots if (fault := self._take(name, state_dict, prefix + name))]
         if faults:

@@ -11,52 +11,54 @@ from torch import Tensor
 
 from apt_model.core.errors import InputError
 from apt_model.ops import fp4
-from apt_model.ops.fp4 import PackedWeight
+from apt_model.ops.fp4 import Operand, PackedWeight, Shuffled
 from apt_model.ops.fp4.naive import SLAB_WEIGHTS
 
 
-def fused_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """`ops.fp4.linear` as a layer calls it: under autocast `x` is cast as for `nn.Linear`, and sums stay in fp32."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a layer multiplies `x`: its own, or autocast's as for `nn.Linear`."""
     if not x.is_floating_point():
         raise InputError(f"fp4 linear: expected a float input, got {x.dtype}")
     kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def fused_linear(x: Tensor, weight: Operand, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """`ops.fp4.linear` as a layer calls it: under autocast `x` is cast as for `nn.Linear`, and sums stay in fp32."""
+    dtype, kind = product_dtype(x), x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return fp4.linear(x, weight, bias, activation)
-    dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
         return fp4.linear(x.to(dtype), weight, bias, activation)
 
 
-def batched(x_ETK: Tensor, weight: PackedWeight) -> Tensor:
+def batched(x_ETK: Tensor, weight: Operand) -> Tensor:
     """Each expert's rows through its own weight of [E, N, K] -> [E, T, N]."""
     return torch.stack([fused_linear(x_TK, each) for x_TK, each in zip(x_ETK, experts(weight), strict=True)])
 
 
-def grouped(x_SK: Tensor, weight: PackedWeight, ends_E: Tensor) -> Tensor:
+def grouped(x_SK: Tensor, weight: Operand, ends_E: Tensor) -> Tensor:
     """Rows up to `ends_E[e]` through expert e, one after another -> [S, N]; rows past the last end give zero."""
     parts, start = [], 0
     for expert, end in enumerate(ends_E.tolist()):
         if end > start:
-            parts.append(fused_linear(x_SK[start:end], pick(weight, expert)))
+            parts.append(fused_linear(x_SK[start:end], weight.picked(expert)))
             start = end
     dtype = parts[0].dtype if parts else x_SK.dtype
     return torch.cat([*parts, x_SK.new_zeros(len(x_SK) - start, weight.shape[-2], dtype=dtype)])
 
 
-def experts(weight: PackedWeight) -> Iterator[PackedWeight]:
+def experts(weight: Operand) -> Iterator[Operand]:
     """The weights [N, K] of a stack [E, N, K]."""
-    return (pick(weight, expert) for expert in range(len(weight.packed)))
+    return (weight.picked(expert) for expert in range(weight.shape[0]))
 
 
-def pick(weight: PackedWeight, index: int | Tensor) -> PackedWeight:
-    """Expert `index` of a stack [E, N, K], or a stack of several; nothing is unpacked."""
-    scale = weight.scale.view(torch.uint8)[index]  # not every device indexes float8
-    divisor = None if weight.global_scale is None else weight.global_scale[index]
-    return PackedWeight(weight.packed[index], scale.view(weight.scale.dtype), divisor, weight.in_features)
-
-
-def dequantize_in_slabs(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def dequantize_in_slabs(weight: Operand, dtype: torch.dtype) -> Tensor:
     """[..., N, K] in `dtype`; beside it only a slab of rows is in memory."""
+    if isinstance(weight, Shuffled):
+        weight = fp4.unshuffle(weight)
     if torch.compiler.is_compiling() or weight.shape.numel() <= SLAB_WEIGHTS:
         return fp4.dequantize(weight, dtype)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
 from apt_model.core.errors import InputError
-from apt_model.layers.packed_products import batched, dequantize_in_slabs, fused_linear, grouped, pick
-from apt_model.ops.fp4 import PackedWeight
+from apt_model.layers.packed_products import batched, dequantize_in_slabs, fused_linear, grouped
+from apt_model.ops.fp4 import Operand
 
 _aten = torch.ops.aten
 # What reads memory behind torch's dispatcher, or copies objects.
@@ -34,31 +34,31 @@ class PackedView(Tensor):
     have set on the packed parameter (Hugging Face's `_is_hf_initialized`) are found here too.
     """
 
-    packed_weight: PackedWeight
+    source: Operand
     swapped: bool  # [..., K, N] instead of [..., N, K]
 
-    def __new__(cls, weight: PackedWeight, dtype: torch.dtype, *, swapped: bool = False) -> Self:
+    def __new__(cls, weight: Operand, dtype: torch.dtype, *, swapped: bool = False) -> Self:
         """A view in `dtype`, [..., N, K], or [..., K, N] where `swapped`."""
         *lead, rows, width = weight.shape
         shape = (*lead, width, rows) if swapped else (*lead, rows, width)
-        made: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=weight.packed.device)
-        made.packed_weight, made.swapped = weight, swapped
+        made: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=weight.device)
+        made.source, made.swapped = weight, swapped
         return made
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("packed_weight", "swapped", "_is_param") or name.startswith("__"):
+        if name in ("source", "swapped", "_is_param") or name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.packed_weight.packed, name)
+        return getattr(self.source[0], name)
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
-        return f"PackedView({list(self.shape)}, {self.dtype}, {self.packed_weight.format.name}, device={self.device})"
+        return f"PackedView({list(self.shape)}, {self.dtype}, {self.source.format.name}, device={self.device})"
 
     def dense(self) -> Tensor:
         """The dequantised tensor."""
-        values = dequantize_in_slabs(self.packed_weight, self.dtype)
+        values = dequantize_in_slabs(self.source, self.dtype)
         return values.mT if self.swapped else values
 
-    def view_of(self, weight: PackedWeight, *, swap: bool = False) -> "PackedView":
+    def view_of(self, weight: Operand, *, swap: bool = False) -> "PackedView":
         """A view like this one, of another weight or with its last two dimensions swapped."""
         return PackedView(weight, self.dtype, swapped=self.swapped ^ swap)
 
@@ -101,9 +101,9 @@ class PackedView(Tensor):
         view = args[0] if args else None
         if isinstance(view, cls):
             if func in (_aten.detach.default, _aten.alias.default):
-                return view.view_of(view.packed_weight)
+                return view.view_of(view.source)
             if _swaps_last_two(func, args):
-                return view.view_of(view.packed_weight, swap=True)
+                return view.view_of(view.source, swap=True)
         args, kwargs = tree_map_only(cls, lambda each: each.dense(), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -115,7 +115,7 @@ _READ_ONLY = (
 
 
 def _error(view: PackedView, fault: str, remedy: str) -> InputError:
-    form = view.packed_weight.format.name
+    form = view.source.format.name
     return InputError(f"the weight {list(view.shape)} is packed in {form}: it {fault}", remedy=remedy)
 
 
@@ -129,17 +129,17 @@ def _swaps_last_two(func: Any, args: Sequence[Any]) -> bool:
 def _short_way(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
     """The result where `func` multiplies with a packed weight or indexes a stack, else None."""
     if func is F.linear and _multiplies(args, rank=2, swapped=False):
-        return fused_linear(args[0], args[1].packed_weight, args[2] if len(args) > 2 else kwargs.get("bias"))
+        return fused_linear(args[0], args[1].source, args[2] if len(args) > 2 else kwargs.get("bias"))
     if func in _PRODUCTS and not kwargs and _multiplies(args, rank=2, swapped=True):
-        return fused_linear(args[0], args[1].packed_weight)
+        return fused_linear(args[0], args[1].source)
     if func in _PRODUCTS and not kwargs and _multiplies(args, rank=3, swapped=True) and args[0].dim() == 3:
-        return batched(args[0], args[1].packed_weight)
+        return batched(args[0], args[1].source)
     if func is torch._grouped_mm and _multiplies(args, rank=3, swapped=True) and kwargs.get("offs") is not None:
-        out = grouped(args[0], args[1].packed_weight, kwargs["offs"])
+        out = grouped(args[0], args[1].source, kwargs["offs"])
         out = out if kwargs.get("bias") is None else out + kwargs["bias"]
         return out.to(kwargs.get("out_dtype") or out.dtype)
     if func == Tensor.__getitem__ and args[0].dim() > 2 and _is_index(args[1]):
-        return args[0].view_of(pick(args[0].packed_weight, args[1]))
+        return args[0].view_of(args[0].source.picked(args[1]))
     return None
 
 

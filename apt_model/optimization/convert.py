@@ -18,7 +18,7 @@ from apt_model.optimization.fp4_config import FP4Config, QuantizeReport, Skipped
 Model = TypeVar("Model", bound=nn.Module)
 LOG = logging.getLogger(__name__)
 # What a packed layer has and a plain one does not.
-_OF_PACKED = ("format", "dtype", "slots", "activation")
+_OF_PACKED = ("format", "dtype", "slots", "orders", "activation")
 
 
 def quantize(

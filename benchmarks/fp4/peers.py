@@ -73,15 +73,15 @@ def _packed(weight: Tensor, form: str) -> tuple[fp4.PackedWeight, int, float]:
     return packed, nbytes, _relative_square(naive.dequantize(packed, torch.float32), weight)
 
 
-def _clone(packed: fp4.PackedWeight) -> fp4.PackedWeight:
-    return fp4.PackedWeight(*(part.clone() if isinstance(part, Tensor) else part for part in packed))
+def _clone(order: fp4.Shuffled) -> fp4.Shuffled:
+    return fp4.Shuffled(*(part.clone() if isinstance(part, Tensor) else part for part in order))
 
 
 def ours(weight: Tensor, limit: int | None = None, *, form: str) -> Operand:
     packed, nbytes, error = _packed(weight, form)
-    # A parameter, as a layer holds it: what lives on is brought into the kernels' order once.
-    clones = [_clone(packed) for _ in range(copies_of(nbytes, limit))]
-    copies = [each._replace(packed=torch.nn.Parameter(each.packed, requires_grad=False)) for each in clones]
+    # In the kernels' order, as a layer holds it on a GPU.
+    order = fp4.shuffle_if_reversible(packed, weight.dtype)
+    copies = [_clone(order) for _ in range(copies_of(nbytes, limit))]
     calls = [partial(fp4.linear, weight=each) for each in copies]
     return Operand(calls, lambda x: naive.linear(x.float(), packed), nbytes, error)
 

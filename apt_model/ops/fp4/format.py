@@ -63,6 +63,17 @@ class PackedWeight(NamedTuple):
         """[..., N, K]: the shape of the weight that this stands for."""
         return torch.Size((*self.packed.shape[:-1], self.in_features))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.packed.device
+
+    def picked(self, index: int | Tensor) -> "PackedWeight":
+        """Weight `index` of a stack [E, N, K], or a stack of several; nothing is unpacked."""
+        scale = self.scale.view(torch.uint8)[index]  # not every device indexes float8
+        divisor = None if self.global_scale is None else self.global_scale[index]
+        return PackedWeight(self.packed[index], scale.view(self.scale.dtype), divisor, self.in_features)
+
 
 def get_format(name: str) -> Format:
     """Look a format up; `InputError` names the two there are."""

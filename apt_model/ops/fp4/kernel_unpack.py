@@ -43,3 +43,53 @@ def unpack_kernel(
     values = tl.join(code_value(byte & 15) * scale, code_value(byte >> 4) * scale)
     column = at[:, None] * 2 + tl.arange(0, 2)[None, :]
     tl.store(out_ptr + row * out_stride + column, values.to(out_ptr.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def unpack_order_kernel(
+    words_ptr, scales_ptr, alpha_ptr, divisor_ptr, out_ptr, rows, width, out_stride, chunks, first_tile, first_chunk,
+    BLOCK: tl.constexpr, FP16: tl.constexpr, HAS_DIVISOR: tl.constexpr,
+):  # fmt: skip
+    """From the kernels' order (`layout.py`): 64 rows from tile program_id(0), two chunks of inputs from program_id(1).
+
+    `out` begins at `first_tile` and `first_chunk`, and takes `rows` rows of `width` inputs.
+    """
+    SCALES: tl.constexpr = 1024 // BLOCK
+    PER: tl.constexpr = 64 // BLOCK  # blocks of a chunk
+    tile, pair = tl.program_id(0), tl.program_id(1) * 2
+    at = (first_tile + tile).to(tl.int64) * chunks + first_chunk + pair
+    w = tl.load(words_ptr + at * 512 + tl.arange(0, 1024))
+    if FP16:
+        a, b = w ^ (w << 2), w ^ (w << 6)
+        c, d = w ^ (w << 9), w ^ ((w >> 3) & 0x1FFFFFFF)
+        PLACE: tl.constexpr = 9
+    else:
+        a, b = w, w ^ (w << 6)
+        c, d = w ^ ((w << 12) | ((w >> 20) & 0xFFF)), (w << 2) ^ ((w >> 6) & 0x3FFFFFF)
+        PLACE: tl.constexpr = 6
+    a, b, c, d = pair_of_values(a, PLACE), pair_of_values(b, PLACE), pair_of_values(c, PLACE), pair_of_values(d, PLACE)
+    values = tl.join(tl.join(a, b), tl.join(c, d)).reshape([2, 4, 8, 4, 4, 2, 2, 2])  # c w g t j i r h
+    values = values.permute([1, 6, 2, 0, 4, 7, 3, 5]).reshape([64, 2 * PER, BLOCK])
+    s = tl.load(scales_ptr + at * SCALES + tl.arange(0, 2 * SCALES))
+    turned = (s << 24) | ((s >> 8) & 0xFFFFFF)
+    s = tl.join(tl.join(s >> 4, s >> 20), tl.join(turned >> 4, turned >> 20)) & 255
+    s = s.reshape([2, 4, 8, PER // 2, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, 2 * PER])  # c w g place r b
+    if BLOCK == 16:
+        bits = (((s >> 3) + 105) << 23) | ((s & 7) << 20)  # s * 2^7 in 5 bits of exponent and 3 of mantissa
+        scale = tl.where(s == 0, 0, bits).to(tl.float32, bitcast=True)
+    else:
+        moved = 253 - (tl.load(alpha_ptr).to(tl.int32, bitcast=True) >> 23)
+        scale = scale_value(tl.maximum(s - moved, 0), BLOCK)
+    if HAS_DIVISOR:
+        scale = tl.div_rn(scale, tl.load(divisor_ptr))
+    out = (values.to(tl.float32) * scale[:, :, None]).to(out_ptr.dtype.element_ty).reshape([64, 128])
+    row = tile * 64 + tl.arange(0, 64)[:, None]
+    column = pair * 64 + tl.arange(0, 128)[None, :]
+    tl.store(out_ptr + row.to(tl.int64) * out_stride + column, out, mask=(row < rows) & (column < width))
+
+
+@triton.jit
+def pair_of_values(field, PLACE: tl.constexpr):
+    """The codes whose exponents and mantissas begin at bit PLACE of either half: [..., 2] in fp16, which holds them."""
+    both = tl.join(field, field >> 16)
+    return code_value(((both >> PLACE) & 7) | ((both >> 12) & 8)).to(tl.float16)

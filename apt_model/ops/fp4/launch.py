@@ -1,12 +1,14 @@
 """Which kernel for how many rows on which GPU, and its launch."""
 
+import contextlib
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apt_model.core.system.cuda import CudaDevice
-from apt_model.ops.fp4.format import NVFP4, PackedWeight
+from apt_model.ops.fp4.format import NVFP4, Format, PackedWeight
 from apt_model.ops.fp4.layout import Shuffled
 from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
 
@@ -19,20 +21,19 @@ _HOPPER = (9, 0)
 _AMPERE = (8, 0)
 
 
-def choose(rows: int, weight: PackedWeight, dtype: torch.dtype) -> Decode | Tile | None:
+def choose(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Decode | Tile | None:
     """The launch for `rows` rows of x in `dtype`, or None where unpacking a slab is the way."""
-    capability, processors = _facts(weight.packed.device.index)
-    out_rows, in_features = weight.shape
-    half = dtype == torch.bfloat16 or (dtype == torch.float16 and weight.format is NVFP4)
-    if capability < _AMPERE or not half:
+    if rows > MOST_ROWS or not serves(weight.format, weight.device, dtype):
         return None
-    if capability != _HOPPER:
-        # wgmma and what reads x from shared memory are Hopper's own; the rest runs wherever mma.sync does.
-        return _decode(rows, out_rows, in_features, processors, keep=False) if rows <= _FEW else None
-    if rows > MOST_ROWS:
-        return None
+    capability, processors = _facts(weight.device.index)
     bucket = next(each for each in (*_BUCKETS, MOST_ROWS) if rows <= each)
-    return _hopper(bucket, out_rows, in_features, processors)
+    return _setting(bucket, *weight.shape, capability == _HOPPER, processors)
+
+
+def serves(form: Format, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether some launch on `device` takes weights of this format for x in `dtype`."""
+    half = dtype == torch.bfloat16 or (dtype == torch.float16 and form is NVFP4)
+    return half and _facts(device.index)[0] >= _AMPERE
 
 
 @functools.cache
@@ -42,7 +43,12 @@ def _facts(index: int | None) -> tuple[tuple[int, int], int]:
 
 
 @functools.cache
-def _hopper(x_rows: int, out_rows: int, in_features: int, processors: int) -> Decode | Tile:
+def _setting(
+    x_rows: int, out_rows: int, in_features: int, hopper: bool, processors: int
+) -> Decode | Tile | None:
+    if not hopper:
+        # wgmma and what reads x from shared memory are Hopper's own; the rest runs wherever mma.sync does.
+        return _decode(x_rows, out_rows, in_features, processors, keep=False) if x_rows <= _FEW else None
     known = HOPPER.get((out_rows, in_features, x_rows if x_rows < MOST_ROWS else 1024))
     if known is not None:
         return known
@@ -77,52 +83,104 @@ def _decode(x_rows: int, out_rows: int, in_features: int, processors: int, *, ke
 
 def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Tensor:
     """act(x W^T + bias), x [M, K] -> [M, N] (swiglu: [M, N / 2])."""
-    from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: PLC0415
-
-    from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
-    from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
-
-    tiles, groups = weight.words.shape[:2]
-    while tiles % setting.wg:  # every warpgroup has its 64 rows
-        setting = setting._replace(wg=setting.wg // 2)
-    if isinstance(setting, Decode):
-        setting = _whole_slices(setting, groups)
+    index, words = x.device.index, weight.words
+    tiles, groups = words.shape[0], words.shape[1]
+    setting = _fitted(setting, tiles, groups)
     described = isinstance(setting, Tile) or setting.kept > 0
     x = _aligned(x) if described else x.contiguous()
-    (m, k), index = x.shape, x.device.index
-    out = x.new_empty(m, weight.out_features // (2 if weight.gated else 1))
-    rows, capability = tiles // setting.wg, _facts(index)[0]
-    spots = rows * (-(-m // setting.bm))
+    m, k = x.shape
+    width = weight.out_features // 2 if weight.gated else weight.out_features
+    out = x.new_empty(m, width)
+    rows = tiles // setting.wg
+    spots = rows * -(-m // setting.bm)
+    counters = weight.counters if spots <= len(weight.counters) else weight.counters.new_zeros(spots)
     partial = None
     if setting.split > 1:
-        partial = x.new_empty(spots * setting.split * setting.wg * 64 * setting.bm, dtype=torch.float32)
-    counters = weight.counters if spots <= len(weight.counters) else weight.counters.new_zeros(spots)
-    common = {
-        "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "AHEAD": setting.ahead, "BLOCK": weight.block,
-        "FP16": weight.dtype == torch.float16, "HAS_BIAS": bias is not None, "ACTIVATION": CODES[activation],
-        "PDL": capability >= _HOPPER, "launch_pdl": capability >= _HOPPER, "num_warps": 4 * setting.wg,
-    }  # fmt: skip
-    operands = (weight.words, weight.scales, weight.alpha, bias, out, partial, counters)
-    with torch.accelerator.device_index(index):
-        if isinstance(setting, Tile):
-            shape, layout = [setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)
-            chunks = -(-k // 64)
-            steps = -(-chunks // setting.c)
-            tile_kernel[(-(-m // setting.bm), rows, setting.split)](
-                TensorDescriptor.from_tensor(x, shape, layout), *operands, m, out.shape[1], groups, chunks,
-                -(-steps // setting.split), C=setting.c, STAGES=setting.stages, **common,
-            )  # fmt: skip
-        else:
-            source = x
-            if setting.kept:
-                block, layout = [setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)
-                source = TensorDescriptor(x, [k // 64, m, 64], [64, x.stride(0), 1], block, layout)
-            decode_kernel[(rows, setting.split)](
-                source, *operands, m, out.shape[1], k, x.stride(0), groups, -(-groups // setting.split),
-                KEPT=setting.kept, maxnreg=64 if setting.ahead == 4 else None, **common,
-            )  # fmt: skip
+        size = spots * setting.split * setting.wg * 64 * setting.bm
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+    operands = (words, weight.scales, weight.alpha, bias, out, partial, counters)
+    # What Triton would look at to find the kernel again, which takes it longer than the launch.
+    key = (
+        setting, index, weight.dtype, weight.block, weight.out_features, x.stride(0), k, activation,
+        None if bias is None else (bias.dtype, bias.data_ptr() % 16), described or x.data_ptr() % 16,
+    )  # fmt: skip
+    if isinstance(setting, Tile):
+        chunks = -(-k // 64)
+        steps = -(-chunks // setting.c)
+        grid = (-(-m // setting.bm), rows, setting.split)
+        rest = (m, width, groups, chunks, -(-steps // setting.split))
+        shape, strides = (m, k), (x.stride(0), 1)
+    else:
+        grid = (rows, setting.split, 1)
+        rest = (m, width, k, x.stride(0), groups, -(-groups // setting.split))
+        shape, strides = (k // 64, m, 64), (64, x.stride(0), 1)
+    here = index == torch.accelerator.current_device_index()
+    with contextlib.nullcontext() if here else torch.accelerator.device_index(index):
+        found = _found.get(key)
+        if found is None:
+            found = _found[key] = _Launch(setting, weight, bias is not None, activation, index)
+        found(grid, found.rows_of(x, shape, strides) if described else x, *operands, *rest)
     return out
+
+
+_found: dict[tuple[Any, ...], "_Launch"] = {}
+
+
+class _Launch:
+    """A kernel with all that is decided before it is compiled: at its first call Triton compiles it or finds it."""
+
+    def __init__(
+        self, setting: Decode | Tile, weight: Shuffled, has_bias: bool, activation: str | None, index: int
+    ) -> None:
+        from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
+
+        from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
+        from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
+
+        self.options: dict[str, Any] = {"num_warps": 4 * setting.wg, "launch_pdl": _facts(index)[0] >= _HOPPER}
+        common = {
+            "AHEAD": setting.ahead, "BLOCK": weight.block, "FP16": weight.dtype == torch.float16,
+            "HAS_BIAS": has_bias, "ACTIVATION": CODES[activation], "PDL": self.options["launch_pdl"],
+        }  # fmt: skip
+        if isinstance(setting, Tile):
+            self.function: Any = tile_kernel
+            own = {"SPLIT": setting.split, "WG": setting.wg, "C": setting.c, "BM": setting.bm, "STAGES": setting.stages}
+            self.block, self.layout = [setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)
+        else:
+            self.function = decode_kernel
+            own = {"SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "KEPT": setting.kept}
+            self.block, self.layout = [setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)
+            if setting.ahead == 4:
+                self.options["maxnreg"] = 64
+        self.constants = {**own, **common}
+        self.compiled: Any = None
+        self.described: dict[str, Any] = {}
+
+    def rows_of(self, x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        """X as the kernel's descriptor; checked by Triton the first time, and made without asking again."""
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: PLC0415 - Triton is not everywhere
+
+        if not self.described:
+            made = TensorDescriptor(x, list(shape), list(strides), self.block, self.layout)
+            self.described = {**vars(made), "base": None}
+            return made
+        made = TensorDescriptor.__new__(TensorDescriptor)
+        made.__dict__.update(self.described, base=x, shape=shape, strides=strides)
+        return made
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        if self.compiled is None:
+            self.compiled = self.function[grid](*arguments, **self.constants, **self.options)
+        else:
+            self.compiled[grid](*arguments, *self.constants.values())
+
+
+@functools.cache
+def _fitted(setting: Decode | Tile, tiles: int, groups: int) -> Decode | Tile:
+    """Every warpgroup has its 64 rows, and no slice of the inputs is empty or shorter than what is loaded ahead."""
+    while tiles % setting.wg:
+        setting = setting._replace(wg=setting.wg // 2)
+    return _whole_slices(setting, groups) if isinstance(setting, Decode) else setting
 
 
 def _whole_slices(setting: Decode, groups: int) -> Decode:

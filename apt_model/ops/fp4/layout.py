@@ -1,4 +1,4 @@
-"""A weight in the order in which the matrix units want it: made on the device at first use, never stored.
+"""A weight in the order in which the matrix units want it: made on the device at first use, never written to a file.
 
 The operand of one product over 16 inputs gives lane 4 g + t of a warp the weights of rows g and g + 8 at inputs
 8 h + 2 t + i. Those eight codes are one word, and the words of four products, 64 inputs, are what a lane loads at once.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apt_model.ops.fp4.format import MXFP4, NVFP4, PackedWeight, pack, row_blocks, row_bytes, unpack
+from apt_model.ops.fp4.format import MXFP4, NVFP4, Format, PackedWeight, pack, row_blocks, row_bytes, unpack
 
 TILE_ROWS = 64
 # Counters a tile: one for each group of rows of x that a launch may have.
@@ -39,13 +39,15 @@ _SCALE_FACTOR = 2.0**7
 # The largest byte whose exponent, moved by this, still fits bf16's 8 bits.
 _E8M0_MOVE = 119
 _MOVED_BY = 127
+_E4M3_NAN = 127
 
 
 class Shuffled(NamedTuple):
-    """A weight [N, K] in the kernels' order."""
+    """A weight [N, K] in the kernels' order; or a stack of E of them, whose tensors have E in front."""
 
     words: Tensor  # int32 [n, G, c, w, g, t, j]: eight codes each
     scales: Tensor  # int32 [n, G, c, w, g, 2 (nvfp4) or 1 (mxfp4)]: rows g and g + 8 of two blocks each
+    global_scale: Tensor | None  # float32 [1], as in `PackedWeight`
     alpha: Tensor  # float32 [1]: what the sum is multiplied with
     counters: Tensor  # int32: zeros, which every launch leaves as it found them
     out_features: int
@@ -54,16 +56,40 @@ class Shuffled(NamedTuple):
     gated: bool  # rows of gate and up in turns of eight, for swiglu
     dtype: torch.dtype  # of x: bfloat16 or float16, which have the codes' bits in other places
 
+    @property
+    def format(self) -> Format:
+        """Told by the length of the blocks."""
+        return NVFP4 if self.block == NVFP4.block else MXFP4
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., N, K]: the shape of the weight that this stands for."""
+        return torch.Size((*self.words.shape[:-7], self.out_features, self.in_features))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.words.device
+
+    def picked(self, index: int | Tensor) -> "Shuffled":
+        """Weight `index` of a stack, or a stack of several."""
+        tensors = [None if each is None else each[index] for each in self[:5]]
+        return self._replace(**dict(zip(self._fields, tensors, strict=False)))
+
 
 def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) -> Shuffled:
-    """Bring a packed [N, K] weight into the kernels' order for x in `dtype`.
+    """Bring a packed [N, K] weight, or a stack [E, N, K], into the kernels' order for x in `dtype`.
 
     With `gated` the first half of the rows (gate) and the second (up) take turns of eight, so that one lane holds both.
     """
+    if weight.packed.dim() > 2:
+        each = [shuffle(weight.picked(i), dtype, gated=gated) for i in range(len(weight.packed))]
+        stacked = [None if part[0] is None else torch.stack(part) for part in zip(*(one[:5] for one in each), strict=True)]
+        return Shuffled(*stacked, *each[0][5:])
     form, (rows, size) = weight.format, weight.shape
     packed, scale = weight.packed, weight.scale.view(torch.uint8)
     if gated:
-        packed, scale = (_interleave(each) for each in (packed, scale))
+        packed, scale = (take_turns(part) for part in (packed, scale))
     tiles, groups = -(-packed.shape[0] // TILE_ROWS), -(-size // GROUP_INPUTS)
     dead = (scale == 0) if form == NVFP4 else torch.zeros_like(scale, dtype=torch.bool)
     blocks = groups * GROUP_INPUTS // form.block
@@ -72,40 +98,63 @@ def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) ->
     scale, alpha = _nvfp4_scales(scale) if form == NVFP4 else _mxfp4_scales(scale, row_blocks(size, form))
     if weight.global_scale is not None:
         alpha = alpha / weight.global_scale
+    scales = _spread(scale.view(tiles, 4, 2, 8, groups, 4, -1, 2))
     words = torch.empty(tiles, groups, 4, 4, 8, 4, 4, dtype=torch.int32, device=packed.device)
     step = _SLAB_ROWS // TILE_ROWS
     for i in range(0, tiles, step):
-        rows_i = slice(i * TILE_ROWS, (i + step) * TILE_ROWS)
-        part = F.pad(packed[rows_i], (0, groups * GROUP_INPUTS // 2 - packed.shape[1], 0, -len(packed[rows_i]) % TILE_ROWS))
-        words[i : i + step] = _words(part, dead[rows_i], form.block, dtype)
+        at = slice(i * TILE_ROWS, (i + step) * TILE_ROWS)
+        missing = (0, groups * GROUP_INPUTS // 2 - packed.shape[1], 0, -len(packed[at]) % TILE_ROWS)
+        words[i : i + step] = _words(F.pad(packed[at], missing), dead[at], form.block, dtype)
+    # Last: a kernel may begin before the launch in front of it has ended, and reads the counters late.
     counters = torch.zeros(tiles * _COUNTERS, dtype=torch.int32, device=words.device)
-    scales = _spread(scale.view(tiles, 4, 2, 8, groups, 4, -1, 2))
-    return Shuffled(words, scales, alpha.to(torch.float32), counters, rows, size, form.block, gated, dtype)
+    return Shuffled(words, scales, weight.global_scale, alpha, counters, rows, size, form.block, gated, dtype)
 
 
-def unshuffle(order: Shuffled, global_scale: Tensor | None) -> PackedWeight:
+def shuffle_if_reversible(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) -> Shuffled | None:
+    """`shuffle`, unless what comes back would not be the same bytes.
+
+    Files may hold what makes no difference to a value, such as codes of blocks whose scale is 0, and what the order
+    cannot hold: scales that are negative or NaN, and E8M0 scales further than 2^253 apart.
+    """
+    made = shuffle(weight, dtype, gated=gated)
+    back, scale = unshuffle(made), weight.scale.view(torch.uint8)
+    same = torch.equal(back.packed, weight.packed) and torch.equal(back.scale.view(torch.uint8), scale)
+    return made if same and (weight.format == MXFP4 or not bool((scale == _E4M3_NAN).any())) else None
+
+
+def unshuffle(order: Shuffled) -> PackedWeight:
     """The packed weight that `order` was made from; codes of blocks whose scale is 0 come back as 0."""
-    form = NVFP4 if order.block == NVFP4.block else MXFP4
-    codes, scale = _codes(order.words, order.dtype), _gather(order.scales)
+    if order.words.dim() > 7:
+        each = [unshuffle(order.picked(i)) for i in range(len(order.words))]
+        scale = torch.stack([one.scale.view(torch.uint8) for one in each]).view(order.format.scale_dtype)
+        return PackedWeight(torch.stack([one.packed for one in each]), scale, order.global_scale, order.in_features)
+    form, tiles = order.format, len(order.words)
+    columns, blocks = row_bytes(order.in_features), row_blocks(order.in_features, form)
+    packed = torch.empty(tiles * TILE_ROWS, columns, dtype=torch.uint8, device=order.device)
+    step = _SLAB_ROWS // TILE_ROWS
+    for i in range(0, tiles, step):
+        at = slice(i * TILE_ROWS, (i + step) * TILE_ROWS)
+        packed[at] = pack(_codes(order.words[i : i + step], order.dtype)[:, : columns * 2])
+    scale = _gather(order.scales)[:, :blocks]
     if form == NVFP4:
         scale = ((scale.to(torch.int16) << 7).view(torch.float16).to(torch.float32) / _SCALE_FACTOR).to(form.scale_dtype)
     else:
         scale = (scale - (_MOVED_BY - torch.frexp(order.alpha).exponent)).to(torch.uint8)
+    scale = scale.view(torch.uint8)
     if order.gated:
-        codes, scale = (_take_turns_back(each, order.out_features) for each in (codes, scale.view(torch.uint8)))
-    codes = codes[: order.out_features, : row_bytes(order.in_features) * 2]
-    scale = scale[: order.out_features, : row_blocks(order.in_features, form)]
-    return PackedWeight(pack(codes), scale.view(form.scale_dtype).contiguous(), global_scale, order.in_features)
+        packed, scale = (take_turns_back(part, order.out_features) for part in (packed, scale))
+    packed, scale = packed[: order.out_features], scale[: order.out_features].contiguous()
+    return PackedWeight(packed, scale.view(form.scale_dtype), order.global_scale, order.in_features)
 
 
-def _interleave(rows: Tensor) -> Tensor:
-    """[2 I, ...], I gate rows and I up rows -> tiles of 16: eight of gate, eight of up; I is padded to eights."""
+def take_turns(rows: Tensor) -> Tensor:
+    """[2 I, ...], I gate rows and I up rows -> sixteens: eight of gate, eight of up; I is padded to eights."""
     gate, up = (F.pad(half, (0, 0, 0, -half.shape[0] % 8)) for half in rows.chunk(2))
     return torch.stack((gate.unflatten(0, (-1, 8)), up.unflatten(0, (-1, 8))), dim=1).flatten(0, 2)
 
 
-def _take_turns_back(rows: Tensor, count: int) -> Tensor:
-    """The inverse of `_interleave`, for `count` rows."""
+def take_turns_back(rows: Tensor, count: int) -> Tensor:
+    """Gate and up rows in turns of eight -> `count` rows, those of the gate first."""
     pairs = rows[: -(-count // 16) * 16].unflatten(0, (-1, 2, 8))
     return torch.cat([pairs[:, which].flatten(0, 1)[: count // 2] for which in range(2)])
 
@@ -193,8 +242,3 @@ def _mxfp4_scales(scale: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     # A code is taken 2^126 too small, the scale 2^move too large.
     alpha = torch.ldexp(torch.ones(1, device=scale.device), (126 - move).view(1))  # frexp's exponent is one more
     return moved.to(torch.uint8), alpha
-
-
-def form_of(shuffled: Shuffled) -> str:
-    """Name of the format."""
-    return NVFP4.name if shuffled.block == NVFP4.block else MXFP4.name

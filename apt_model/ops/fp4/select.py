@@ -10,17 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_model.core.errors import InputError
-from apt_model.ops.fp4 import launch, naive, orders, slab
-from apt_model.ops.fp4.format import PackedWeight
-from apt_model.ops.fp4.slab import HAS_TRITON
+from apt_model.ops.fp4 import launch, naive, slab
+from apt_model.ops.fp4.format import Format, PackedWeight
+from apt_model.ops.fp4.layout import Shuffled, unshuffle
+from apt_model.ops.fp4.slab import HAS_TRITON, Operand
 from apt_model.ops.fp4.tables import Decode
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "swiglu")
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """act(x W^T + bias) for x [..., K] and a packed weight [N, K] -> [..., N] in x's type (swiglu: [..., N / 2]).
+def linear(x: Tensor, weight: Operand, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """act(x W^T + bias) for x [..., K] and a weight [N, K] in 4 bits -> [..., N] in x's type (swiglu: [..., N / 2]).
 
+    The fused kernels take weights in their own order (`shuffle`); a packed weight goes by way of unpacked slabs.
     Gradients flow to `x` and `bias`; the weight is frozen. With a gradient the activation is an operation of its own.
     """
     if x.shape[-1] != weight.in_features:
@@ -31,44 +33,52 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activati
     if wants_gradient and activation is not None:
         return naive.activate(linear(x, weight, bias), activation)
     if torch.compiler.is_compiling():
-        return _operator(x, *weight, bias, activation)
+        return _operator(x, *_parts(weight), bias, activation)
     if wants_gradient:
         return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return _forward(x, weight, bias, activation)
 
 
-def explain(rows: int, weight: PackedWeight, dtype: torch.dtype, activation: str | None = None) -> str:
+def wants_order(form: Format, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel on `device` takes weights of this format in an order of its own, for x in `dtype`."""
+    return device.type == "cuda" and HAS_TRITON and launch.serves(form, device, dtype)
+
+
+def explain(rows: int, weight: Operand, dtype: torch.dtype, activation: str | None = None) -> str:
     """One line: what computes `rows` rows of x in `dtype` with this weight, where the weight is, and why."""
-    shape = f"{rows} x {weight.in_features} by {weight.packed.shape[0]} x {weight.in_features} in {weight.format.name}"
-    if not slab.usable(weight.packed, dtype):
-        why = f"there is no kernel for {dtype} on {weight.packed.device.type}" + (
-            "" if HAS_TRITON else " without Triton"
-        )
+    shape = f"{rows} x {weight.in_features} by {weight.shape[0]} x {weight.in_features} in {weight.format.name}"
+    if not (weight.device.type == "cuda" and HAS_TRITON and dtype in slab.TYPES):
+        why = f"there is no kernel for {dtype} on {weight.device.type}" + ("" if HAS_TRITON else " without Triton")
         return f"{shape}: the definition in torch, since {why}"
     setting = launch.choose(rows, weight, dtype)
     if setting is None:
         return f"{shape}: slabs of the weight unpacked to {dtype} for torch's own product"
-    if not orders.lives(weight):
-        return f"{shape}: slabs unpacked, since this weight is made anew for every call"
+    if not _fits(weight, dtype, activation):
+        return f"{shape}: slabs unpacked, since this weight is not in the kernels' order for {dtype}"
     kind = "decode (weights to registers)" if isinstance(setting, Decode) else "tile (x through shared memory)"
     return f"{shape}: fused kernel {kind}, {setting}" + (f", with {activation}" if activation else "")
 
 
-def _forward(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None) -> Tensor:
+def _fits(weight: Operand, dtype: torch.dtype, activation: str | None) -> bool:
+    return isinstance(weight, Shuffled) and weight.dtype == dtype and weight.gated == (activation == "swiglu")
+
+
+def _forward(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
     if not slab.usable(x, x.dtype) or x.numel() == 0:
         return _definition(x, weight, bias, activation)
     flat = x.reshape(-1, weight.in_features)
-    setting = launch.choose(len(flat), weight, x.dtype)
-    order = None if setting is None else orders.order_of(weight, x.dtype, gated=activation == "swiglu")
-    if setting is None or order is None:
+    setting = launch.choose(len(flat), weight, x.dtype) if _fits(weight, x.dtype, activation) else None
+    if setting is None:
         out = slab.linear(flat, weight, bias, activation)
     else:
-        out = launch.run(flat, order, bias, activation, setting)
+        assert isinstance(weight, Shuffled)
+        out = launch.run(flat, weight, bias, activation, setting)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _definition(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None) -> Tensor:
+def _definition(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
     """The definition, a slab of rows at a time."""
+    weight = _packed(weight)
     if activation == "swiglu" or weight.packed.shape[0] * weight.in_features <= naive.SLAB_WEIGHTS:
         return naive.linear(x, weight, bias, activation)
     parts = [
@@ -78,10 +88,15 @@ def _definition(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation
     return torch.cat(parts, dim=-1)
 
 
-def _input_gradient(upstream: Tensor, weight: PackedWeight) -> Tensor:
+def _packed(weight: Operand) -> PackedWeight:
+    return unshuffle(weight) if isinstance(weight, Shuffled) else weight
+
+
+def _input_gradient(upstream: Tensor, weight: Operand) -> Tensor:
     """dL/dx = upstream W, [..., K] in the type of `upstream`, a slab of rows at a time."""
     if slab.usable(upstream, upstream.dtype) and upstream.numel():
         return slab.input_gradient(upstream.flatten(0, -2), weight).view(*upstream.shape[:-1], weight.in_features)
+    weight = _packed(weight)
     wide = torch.promote_types(upstream.dtype, torch.float32)
     total = upstream.new_zeros(*upstream.shape[:-1], weight.in_features, dtype=wide)
     for i, rows in _slabs(weight):
@@ -104,75 +119,100 @@ def _bias_gradient(upstream: Tensor, bias: Tensor) -> Tensor:
     return rows.sum(dim=0, dtype=torch.promote_types(upstream.dtype, torch.float32)).to(bias.dtype)
 
 
+# A weight as tensors and numbers, for what torch saves and traces: five tensors, two of them maybe absent, and facts.
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, list[int]]
+
+
+def _parts(weight: Operand) -> Parts:
+    if isinstance(weight, PackedWeight):
+        return *weight[:3], None, None, [weight.in_features]
+    facts = [weight.out_features, weight.in_features, weight.block, int(weight.gated), int(weight.dtype == torch.float16)]
+    return *weight[:5], facts
+
+
+def _whole(*parts: Any) -> Operand:
+    *tensors, facts = parts
+    if len(facts) == 1:
+        return PackedWeight(*tensors[:3], facts[0])
+    return Shuffled(*tensors, *facts[:3], bool(facts[3]), torch.float16 if facts[4] else torch.bfloat16)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        ctx.in_features = weight.in_features
-        ctx.save_for_backward(*weight[:3], bias)
+    def forward(ctx: Any, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
+        *tensors, ctx.facts = _parts(weight)
+        ctx.save_for_backward(*tensors, bias)
         return _forward(x, weight, bias, None)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        packed, scale, global_scale, bias = ctx.saved_tensors
-        weight = PackedWeight(packed, scale, global_scale, ctx.in_features)
+        *tensors, bias = ctx.saved_tensors
         wants_x, _, wants_bias = ctx.needs_input_grad
         return (
-            linear_gradient(upstream, weight) if wants_x else None,
+            linear_gradient(upstream, _whole(*tensors, ctx.facts)) if wants_x else None,
             None,
             _bias_gradient(upstream, bias) if wants_bias else None,
         )
 
 
-def linear_gradient(upstream: Tensor, weight: PackedWeight) -> Tensor:
+def linear_gradient(upstream: Tensor, weight: Operand) -> Tensor:
     """dL/dx [..., K] of a linear without activation, from upstream [..., N]; has a gradient of its own."""
     if torch.is_grad_enabled() and upstream.requires_grad:
-        return F.linear(upstream, naive.dequantize(weight, upstream.dtype).mT)
+        return F.linear(upstream, naive.dequantize(_packed(weight), upstream.dtype).mT)
     return _input_gradient(upstream, weight)
 
 
 @torch.library.custom_op("apt::fp4_linear", mutates_args=())
 def _operator(  # noqa: PLR0917 - an operator's operands have places
     x: Tensor,
-    packed: Tensor,
+    codes: Tensor,
     scale: Tensor,
     global_scale: Tensor | None,
-    in_features: int,
+    alpha: Tensor | None,
+    counters: Tensor | None,
+    facts: list[int],
     bias: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    return _forward(x, PackedWeight(packed, scale, global_scale, in_features), bias, activation)
+    return _forward(x, _whole(codes, scale, global_scale, alpha, counters, facts), bias, activation)
 
 
 @_operator.register_fake
-def _(x: Tensor, packed: Tensor, *others: Any) -> Tensor:
-    activation = others[-1]
-    out = packed.shape[0] // 2 if activation == "swiglu" else packed.shape[0]
-    return x.new_empty((*x.shape[:-1], out))
+def _(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
+    facts, activation = others[4], others[-1]
+    rows = codes.shape[0] if len(facts) == 1 else facts[0]
+    return x.new_empty((*x.shape[:-1], rows // 2 if activation == "swiglu" else rows))
 
 
 @torch.library.custom_op("apt::fp4_linear_gradient", mutates_args=())
-def _gradient_operator(
-    upstream: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor | None, in_features: int
+def _gradient_operator(  # noqa: PLR0917 - an operator's operands have places
+    upstream: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    alpha: Tensor | None,
+    counters: Tensor | None,
+    facts: list[int],
 ) -> Tensor:
-    return _input_gradient(upstream, PackedWeight(packed, scale, global_scale, in_features))
+    return _input_gradient(upstream, _whole(codes, scale, global_scale, alpha, counters, facts))
 
 
 @_gradient_operator.register_fake
 def _(upstream: Tensor, *weight: Any) -> Tensor:
-    return upstream.new_empty((*upstream.shape[:-1], weight[-1]))
+    facts = weight[-1]
+    return upstream.new_empty((*upstream.shape[:-1], facts[min(1, len(facts) - 1)]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - torch names them
-    _, packed, scale, global_scale, in_features, bias, _ = inputs
-    ctx.in_features = in_features
-    ctx.save_for_backward(packed, scale, global_scale, bias)
+    _, *tensors, ctx.facts, bias, _ = inputs
+    ctx.save_for_backward(*tensors, bias)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    packed, scale, global_scale, bias = ctx.saved_tensors
-    wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-    grad_x = _gradient_operator(upstream, packed, scale, global_scale, ctx.in_features) if wants_x else None
-    return grad_x, None, None, None, None, _bias_gradient(upstream, bias) if wants_bias else None, None
+    *tensors, bias = ctx.saved_tensors
+    wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
+    grad_x = _gradient_operator(upstream, *tensors, ctx.facts) if wants_x else None
+    return grad_x, *(None,) * 6, _bias_gradient(upstream, bias) if wants_bias else None, None
 
 
 _operator.register_autograd(_backward, setup_context=_save)

@@ -10,45 +10,54 @@ from torch import Tensor
 
 from apt_model.ops.fp4 import naive
 from apt_model.ops.fp4.format import PackedWeight
+from apt_model.ops.fp4.layout import TILE_ROWS, Shuffled, take_turns, take_turns_back
 
 HAS_TRITON = find_spec("triton") is not None
-# Columns of a slab come in whole scale blocks of either format.
-_COLUMNS = 32
+# Rows and columns of a slab are multiples of these: whole tiles and groups of the kernels' order.
+_ROWS = 256
+_COLUMNS = 256
 # Bytes of a slab.
 SLAB_BYTES = 32 * 2**20
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A weight as kernels take it.
+Operand = PackedWeight | Shuffled
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def usable(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether kernels serve products where `x` is, in `dtype`."""
-    return x.is_cuda and HAS_TRITON and dtype in _TYPES
+    return x.is_cuda and HAS_TRITON and dtype in TYPES
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None) -> Tensor:
+def linear(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
     """act(x W^T + bias) for x [M, K] -> [M, N] (swiglu: [M, N / 2]).
 
     W is rounded to x's type after the division by the global scale, which is exact where that is a power of two.
     """
-    rows = weight.packed.shape[0]
+    gated = isinstance(weight, Shuffled) and weight.gated
+    rows = _stored_rows(weight)
     out = x.new_empty(x.shape[0], rows)
-    slab = _buffer(x, weight)
+    slab = x.new_empty(_height(rows, weight.in_features, x.element_size()), weight.in_features)
     bias = None if bias is None else bias.to(x.dtype)
-    fused = activation if activation != "swiglu" else None
     for first in range(0, rows, len(slab)):
         part = unpack(weight, slab, row=first)
         target = out[:, first : first + len(part)]
-        if bias is None:
+        if bias is None or gated:
             torch.mm(x, part.T, out=target)
         else:
             torch.addmm(bias[first : first + len(part)], x, part.T, out=target)
-        if fused is not None:
-            target.copy_(naive.activate(target, fused))
+        if activation not in (None, "swiglu"):
+            target.copy_(naive.activate(target, activation))
+    if gated:
+        out = take_turns_back(out.T, weight.shape[0]).T
+        out = out if bias is None else out + bias
     return naive.activate(out, activation) if activation == "swiglu" else out
 
 
-def input_gradient(upstream: Tensor, weight: PackedWeight) -> Tensor:
+def input_gradient(upstream: Tensor, weight: Operand) -> Tensor:
     """dL/dx = upstream W for upstream [M, N] -> [M, K], a slab of columns at a time."""
-    rows, width = weight.shape
+    rows, width = _stored_rows(weight), weight.in_features
+    if isinstance(weight, Shuffled) and weight.gated:
+        upstream = take_turns(upstream.T).T
     out = upstream.new_empty(upstream.shape[0], width)
     step = max(_COLUMNS, SLAB_BYTES // (rows * upstream.element_size()) // _COLUMNS * _COLUMNS)
     memory = upstream.new_empty(rows * min(step, width))
@@ -59,24 +68,43 @@ def input_gradient(upstream: Tensor, weight: PackedWeight) -> Tensor:
     return out
 
 
-def unpack(weight: PackedWeight, slab: Tensor, *, row: int = 0, column: int = 0) -> Tensor:
-    """Rows from `row` and columns from `column` (a multiple of 32) of a packed [N, K], as many as the slab has."""
-    from apt_model.ops.fp4.kernel_unpack import unpack_kernel  # noqa: PLC0415 - Triton is not everywhere
+def unpack(weight: Operand, slab: Tensor, *, row: int = 0, column: int = 0) -> Tensor:
+    """Rows from `row` and columns from `column` of a [N, K], as many as the slab has.
 
-    part = slab[: weight.packed.shape[0] - row]
-    packed = weight.packed[row : row + len(part), column // 2 :]
-    scale = weight.scale.view(torch.uint8)[row : row + len(part), column // weight.format.block :]
-    count = -(-part.shape[1] // 2)
-    block = min(512, 1 << max(count - 1, 1).bit_length())
+    `column` is a multiple of 32; of a weight in the kernels' order, `row` and `column` are multiples of 64, and rows of
+    gate and up take turns where they do there.
+    """
+    from apt_model.ops.fp4.kernel_unpack import unpack_kernel, unpack_order_kernel  # noqa: PLC0415 - Triton's import
+
+    part = slab[: _stored_rows(weight) - row]
+    rows, width = part.shape
     with torch.accelerator.device_index(slab.device.index):
-        unpack_kernel[(len(part), -(-count // block))](
-            packed, scale, weight.global_scale, part, part.shape[1], packed.stride(0), scale.stride(0), part.stride(0),
+        if isinstance(weight, Shuffled):
+            unpack_order_kernel[(-(-rows // TILE_ROWS), -(-width // 128))](
+                weight.words, weight.scales, weight.alpha, weight.global_scale, part, rows, width, part.stride(0),
+                weight.words.shape[1] * 4, row // TILE_ROWS, column // 64,
+                BLOCK=weight.block, FP16=weight.dtype == torch.float16, HAS_DIVISOR=weight.global_scale is not None,
+            )  # fmt: skip
+            return part
+        packed = weight.packed[row : row + rows, column // 2 :]
+        scale = weight.scale.view(torch.uint8)[row : row + rows, column // weight.format.block :]
+        count = -(-width // 2)
+        block = min(512, 1 << max(count - 1, 1).bit_length())
+        unpack_kernel[(rows, -(-count // block))](
+            packed, scale, weight.global_scale, part, width, packed.stride(0), scale.stride(0), part.stride(0),
             BLOCK=weight.format.block, HAS_DIVISOR=weight.global_scale is not None, BYTES=block,
         )  # fmt: skip
     return part
 
 
-def _buffer(x: Tensor, weight: PackedWeight) -> Tensor:
-    rows, width = weight.shape
-    height = max(64, SLAB_BYTES // max(1, width * x.element_size()))
-    return x.new_empty(min(rows, height), width)
+def _stored_rows(weight: Operand) -> int:
+    """N, or more where gate and up take turns of eight rows."""
+    rows = weight.shape[0]
+    return -(-rows // 16) * 16 if isinstance(weight, Shuffled) and weight.gated else rows
+
+
+def _height(rows: int, width: int, size: int) -> int:
+    """Rows of a slab: of all slabs the same, and a multiple of what the fastest products take."""
+    most = max(_ROWS, SLAB_BYTES // (width * size) // _ROWS * _ROWS)
+    slabs = -(-rows // most)
+    return min(rows, -(-rows // slabs // _ROWS) * _ROWS)
