@@ -47,13 +47,15 @@ def decodes(n, k, m):
     tiles, groups = -(-n // 64), -(-k // 256)
     bm = 8 if m <= 8 else 16
     pieces = sorted({-(-groups // split) for split in range(1, 17)})
-    for wg, per, ahead in itertools.product((1, 2, 4), pieces, (4, 8)):
+    for (wg, rep), per, ahead in itertools.product(((1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (8, 2)), pieces, (4, 8)):
         split = -(-groups // per)
         kept = 1 << (per - 1).bit_length()
-        warps = tiles * split * 4
+        warps = tiles * split * 4 // rep
+        if rep * ahead > 8:
+            continue
         fits = bm * 512 * kept <= MOST_SHARED * 2 // 3 and (ahead == 4 or (per % 2 == 0 and groups % 2 == 0))
-        if fits and tiles % wg == 0 and PROCESSORS * 8 <= warps <= PROCESSORS * 96:
-            yield Decode(wg, bm, kept, ahead, split)
+        if fits and tiles % wg == 0 and PROCESSORS * 8 // rep <= warps <= PROCESSORS * 96 // rep:
+            yield Decode(wg, bm, kept, ahead, split, rep)
 
 
 def tiles_of(n, k, m):
@@ -80,16 +82,18 @@ def candidates(n, k, m, kinds):
     return found + (list(tiles_of(n, k, m)) if "tile" in kinds and m > 1 else [])
 
 
-def warm(settings, form):
-    """Compile each by launching it on the smallest product that it takes."""
-    for setting in settings:
-        width = 512 * setting.split if isinstance(setting, Decode) else 1024 * setting.split
-        order = shuffle(random_packed(64 * setting.wg, width, form), torch.bfloat16)
-        x = torch.randn(min(3, setting.bm), width, device="cuda", dtype=torch.bfloat16)
+def warm(jobs, form):
+    """Compile each launch by doing it once."""
+    orders = {}
+    for (n, k, m), setting in jobs:
+        if (n, k) not in orders:
+            orders[n, k] = shuffle(random_packed(n, k, form), torch.bfloat16)
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         try:
-            launch.run(x, order, None, None, setting)
+            launch.run(x, orders[n, k], None, None, setting)
+            torch.cuda.synchronize()
         except Exception as error:  # noqa: BLE001 - a launch that does not fit the machine
-            print("no", setting, type(error).__name__, str(error)[:100].replace("\n", " "), flush=True)
+            print("no", n, k, m, setting, type(error).__name__, str(error)[:100].replace("\n", " "), flush=True)
 
 
 def warm_aside():
@@ -167,8 +171,8 @@ def main() -> None:
     options = parser.parse_args()
     begin = time.time()
     cells = [(*map(int, shape.split("x")), m) for shape in options.shapes for m in options.ms]
-    found = {each for n, k, m in cells for each in candidates(n, k, m, options.kinds)}
-    every = sorted(found, key=lambda each: (type(each).__name__, each))
+    jobs = {each: (cell, each) for cell in cells for each in candidates(*cell, options.kinds)}
+    every = sorted(jobs.values(), key=str)
     if options.warm:
         part, parts = options.warm
         for form in options.formats:

@@ -68,7 +68,7 @@ def fp4_product_variants(capability):
     """What is launched on an NVIDIA GPU; x in shared memory and `tile_kernel` are for Hopper alone."""
     launches = [Decode(1, 8, 0, 4, 1), Decode(2, 16, 0, 4, 4)]
     if capability == 90:
-        launches += [Decode(2, 8, 8, 4, 4), Decode(1, 16, 4, 8, 8), Tile(1, 64, 4, 3, 5, 2), Tile(2, 256, 2, 3, 4, 1)]
+        launches += [Decode(2, 8, 8, 4, 4), Decode(4, 16, 8, 4, 2, 2), Decode(1, 16, 4, 8, 8), Tile(1, 64, 4, 3, 5, 2), Tile(2, 256, 2, 3, 4, 1)]
     kinds = [("bf16", 16, None), ("fp16", 16, "swiglu"), ("bf16", 32, "gelu")]
     for setting, (dtype, block, activation) in itertools.product(launches, kinds):
         tile = isinstance(setting, Tile)
@@ -85,13 +85,13 @@ def fp4_product_variants(capability):
         if not tile:
             del signature["chunks"], signature["steps_per_split"], signature["groups"]
             signature |= dict.fromkeys(("K", "stride_x", "groups", "groups_per_split"), "i32")
-        own = {"C": setting.c, "STAGES": setting.stages} if tile else {"KEPT": setting.kept}
+        own = {"C": setting.c, "STAGES": setting.stages} if tile else {"KEPT": setting.kept, "REP": setting.rep}
         constants = {
             "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "AHEAD": setting.ahead, "BLOCK": block,
             "FP16": dtype == "fp16", "HAS_BIAS": True, "ACTIVATION": launch.CODES[activation], "PDL": capability >= 90,
             **own,
         }  # fmt: skip
-        yield tile_kernel if tile else decode_kernel, signature, constants, {"num_warps": 4 * setting.wg}
+        yield tile_kernel if tile else decode_kernel, signature, constants, {"num_warps": 4 * setting.wg // constants.get("REP", 1)}
 
 
 def main(name: str) -> None:

@@ -238,7 +238,7 @@ def test_what_a_gpu_does_is_said():
 def settings():
     yield from (Decode(1, 8, 0, 4, 1), Decode(2, 8, 0, 4, 2), Decode(1, 16, 0, 4, 1))
     if HOPPER:
-        yield from (Decode(1, 8, 16, 4, 1), Decode(2, 16, 2, 8, 8), Tile(1, 16, 4, 3, 5, 1), Tile(1, 64, 2, 4, 5, 2))
+        yield from (Decode(1, 8, 16, 4, 1), Decode(2, 16, 2, 8, 8), Decode(4, 16, 4, 4, 4, 2), Decode(2, 8, 8, 4, 3, 2), Tile(1, 16, 4, 3, 5, 1), Tile(1, 64, 2, 4, 5, 2))
         yield from (
             Tile(2, 128, 4, 3, 5, 1),
             Tile(2, 256, 2, 3, 4, 1),

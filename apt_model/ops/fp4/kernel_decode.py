@@ -106,19 +106,23 @@ def _powers(count):
 
 
 @gluon.constexpr_function
-def layout(name, wg, bm, block, activation, version):
-    """Who holds what, for `wg` times four warps of 64 rows each, and `bm` rows of x; `version` as of the product."""
+def layout(name, wg, bm, block, activation, version, rep=1):
+    """Who holds what, for `wg` times 64 rows of which four warps hold `rep` times 64, and `bm` rows of x.
+
+    `version` is the product's.
+    """
     scales = 1024 // block  # words a chunk
     rows = wg * 64 // (2 if activation == 5 else 1)
     along = min(rows // 8, 32)
-    groups = [[each, 0] for each in _powers(wg)]
+    groups = [[each, 0] for each in _powers(wg // rep)]
+    own = [[each * (wg // rep), 0] for each in _powers(rep)]
     narrow = bm == 8
     return {
         "words": gl.DistributedLinearLayout(
-            [[0, 1], [0, 2]], [[0, 4 << i] for i in range(5)], [[0, 128], [0, 256], *groups], [], [wg, 512]
+            [[0, 1], [0, 2], *own], [[0, 4 << i] for i in range(5)], [[0, 128], [0, 256], *groups], [], [wg, 512]
         ),
         "scales": gl.DistributedLinearLayout(
-            [[0, each] for each in _powers(scales // 32)],
+            [[0, each] for each in _powers(scales // 32)] + own,
             [[0, 0], [0, 0], *([0, scales // 32 << i] for i in range(3))],
             [[0, scales // 4], [0, scales // 2], *groups],
             [],
@@ -127,14 +131,14 @@ def layout(name, wg, bm, block, activation, version):
         "x": gl.DistributedLinearLayout(
             [[0, each] for each in (1, 8, 16, 32)] + [[8 * each, 0] for each in _powers(bm // 8)],
             [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-            [[0, 0]] * (1 + wg.bit_length()),
+            [[0, 0]] * (1 + (wg // rep).bit_length()),
             [],
             [bm, 64],
         ),
-        "out": gl.BlockedLayout([1, 1], [32, 1], [4, wg], [0, 1])
+        "out": gl.BlockedLayout([1, 1], [32, 1], [4, wg // rep], [0, 1])
         if narrow
-        else gl.BlockedLayout([8, 1], [along, 32 // along], [1, 4 * wg], [0, 1]),
-        "mma": gl.NVMMADistributedLayout([2, 0], [4 * wg, 1], [16, 8])
+        else gl.BlockedLayout([8, 1], [along, 32 // along], [1, 4 * wg // rep], [0, 1]),
+        "mma": gl.NVMMADistributedLayout([2, 0], [4 * wg // rep, 1], [16, 8])
         if version == 2
         else gl.NVMMADistributedLayout([3, 0], [4 * wg, 1], [16, bm, 16]),
     }[name]
@@ -291,6 +295,7 @@ def decode_kernel(
     groups_per_split,
     SPLIT: gl.constexpr,
     WG: gl.constexpr,
+    REP: gl.constexpr,
     BM: gl.constexpr,
     KEPT: gl.constexpr,
     AHEAD: gl.constexpr,
@@ -300,18 +305,18 @@ def decode_kernel(
     ACTIVATION: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Tile program_id(0) of WG * 64 rows, slice program_id(1) of the inputs; M is at most BM.
+    """Tile program_id(0) of WG * 64 rows, REP * 64 for four warps; slice program_id(1) of the inputs; M is at most BM.
 
     With KEPT > 0 the slice has at most so many groups, and `x` is a tensor descriptor of [chunks, M, 64], whose slice
     is brought to shared memory at once. Otherwise `x` is a pointer, and every warp reads what it needs.
     """
     SCALES: gl.constexpr = 1024 // BLOCK
     TYPE: gl.constexpr = gl.float16 if FP16 else gl.bfloat16
-    words_layout: gl.constexpr = layout("words", WG, BM, BLOCK, ACTIVATION, 2)
-    scales_layout: gl.constexpr = layout("scales", WG, BM, BLOCK, ACTIVATION, 2)
-    x_layout: gl.constexpr = layout("x", WG, BM, BLOCK, ACTIVATION, 2)
-    out_layout: gl.constexpr = layout("out", WG, BM, BLOCK, ACTIVATION, 2)
-    mma: gl.constexpr = layout("mma", WG, BM, BLOCK, ACTIVATION, 2)
+    words_layout: gl.constexpr = layout("words", WG, BM, BLOCK, ACTIVATION, 2, REP)
+    scales_layout: gl.constexpr = layout("scales", WG, BM, BLOCK, ACTIVATION, 2, REP)
+    x_layout: gl.constexpr = layout("x", WG, BM, BLOCK, ACTIVATION, 2, REP)
+    out_layout: gl.constexpr = layout("out", WG, BM, BLOCK, ACTIVATION, 2, REP)
+    mma: gl.constexpr = layout("mma", WG, BM, BLOCK, ACTIVATION, 2, REP)
     tile, split = gl.program_id(0), gl.program_id(1)
     first = split * groups_per_split
     last = gl.minimum(first + groups_per_split, groups)

@@ -137,7 +137,8 @@ class _Launch:
         from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
         from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
 
-        self.options: dict[str, Any] = {"num_warps": 4 * setting.wg, "launch_pdl": _facts(index)[0] >= _HOPPER}
+        warps = 4 * setting.wg // (1 if isinstance(setting, Tile) else setting.rep)
+        self.options: dict[str, Any] = {"num_warps": warps, "launch_pdl": _facts(index)[0] >= _HOPPER}
         common = {
             "AHEAD": setting.ahead, "BLOCK": weight.block, "FP16": weight.dtype == torch.float16,
             "HAS_BIAS": has_bias, "ACTIVATION": CODES[activation], "PDL": self.options["launch_pdl"],
@@ -148,9 +149,11 @@ class _Launch:
             self.block, self.layout = [setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)
         else:
             self.function = decode_kernel
-            own = {"SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "KEPT": setting.kept}
+            own = {
+                "SPLIT": setting.split, "WG": setting.wg, "REP": setting.rep, "BM": setting.bm, "KEPT": setting.kept
+            }  # fmt: skip
             self.block, self.layout = [setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)
-            if setting.ahead == 4:
+            if setting.ahead == 4 and setting.rep == 1:
                 self.options["maxnreg"] = 64
         self.constants = {**own, **common}
         self.compiled: Any = None
@@ -180,6 +183,8 @@ def _fitted(setting: Decode | Tile, tiles: int, groups: int) -> Decode | Tile:
     """Every warpgroup has its 64 rows, and no slice of the inputs is empty or shorter than what is loaded ahead."""
     while tiles % setting.wg:
         setting = setting._replace(wg=setting.wg // 2)
+    if isinstance(setting, Decode):
+        setting = setting._replace(rep=min(setting.rep, setting.wg))
     return _whole_slices(setting, groups) if isinstance(setting, Decode) else setting
 
 

@@ -11,6 +11,7 @@ class Decode(NamedTuple):
     kept: int  # groups of x's slice in shared memory; 0: read from memory
     ahead: int
     split: int
+    rep: int = 1  # tiles of 64 rows that four warps hold, so that a fragment of x serves more weights
 
 
 class Tile(NamedTuple):
