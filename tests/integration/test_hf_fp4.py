@@ -354,6 +354,17 @@ def test_the_users_config_is_left_as_it_was(tmp_path):
     assert model.config.quantization_config.modules_to_not_convert == ("lm_head",)
 
 
+@pytest.mark.parametrize("entry", [{"embeddings": True}, {"modules": ["lm_head"]}])
+def test_an_entry_that_nobody_knows_is_refused(entry, tmp_path):
+    _, plain = saved(tmp_path, "dense")
+    with pytest.raises(ConfigError, match=f"AptFP4Config has no option '{next(iter(entry))}'"):
+        tf.LlamaForCausalLM.from_pretrained(
+            plain, quantization_config={"quant_method": "apt_fp4", "format": "nvfp4", **entry}
+        )
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(entry))}'"):
+        AptFP4Config(**entry)
+
+
 def test_our_own_folders_of_the_command_line_open(tmp_path):
     from apt_model.integrations.quantize_config import QuantizeConfig
     from apt_model.integrations.quantize_files import quantize_folder
