@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from apt_model.core.errors import ConfigError
 from apt_model.core.fp4_storage import QUANT_METHOD, quantization_config, read_format
-from apt_model.core.options import check_types, require
+from apt_model.core.options import check_types, require, unknown_name
 
 
 @dataclass(kw_only=True)
@@ -39,8 +39,11 @@ class AptFP4Config(QuantizationConfigMixin):  # type: ignore[misc]  # Any to myp
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What config.json says; `CheckpointError` for a layout or a block that this version does not read."""
-        form = read_format(config_dict, "config.json")
+        """What config.json says; an error names what this version does not read, or does not know."""
+        form, known = read_format(config_dict, "config.json"), quantization_config("nvfp4", ())
+        for name in config_dict:
+            if name not in known:
+                raise unknown_name(name, known, "AptFP4Config")
         made = cls(format=form, modules_to_not_convert=tuple(config_dict.get("modules_to_not_convert") or ()))  # type: ignore[arg-type]
         if return_unused_kwargs:
             return made, kwargs

@@ -16,6 +16,7 @@ from apt_model.core.options import require
 from apt_model.core.patterns import covers
 from apt_model.integrations.fp4_plan import HEAD
 from apt_model.integrations.fp4_rules import ROUTER
+from apt_model.layers.fp4_embedding import FusedFP4Embedding
 from apt_model.layers.fp4_experts import FP4Experts, expert_weights, pack_experts, unpack_experts
 from apt_model.layers.fp4_linear import FusedFP4Linear
 from apt_model.layers.packed import FLOATS, PARTS, PackedModule
@@ -127,6 +128,8 @@ def unpack_model(model: nn.Module, dtype: torch.dtype | None) -> None:
         module = model.get_submodule(name)
         if isinstance(module, FP4Experts):
             unpack_experts(module, dtype)
+        elif isinstance(module, FusedFP4Embedding):
+            model.set_submodule(name, module.to_embedding(dtype).requires_grad_(False))
         else:
             assert isinstance(module, FusedFP4Linear)
             model.set_submodule(name, files_form(plain_linear(module, dtype), module))

@@ -31,6 +31,7 @@ from apt_model.integrations.hf_selection import (
     part_names,
     unpack_model,
 )
+from apt_model.layers.fp4_embedding import check_no_packed_embedding
 from apt_model.layers.packed import PackedModule, pack, tensors
 from apt_model.ops.fp4 import FORMATS
 
@@ -181,6 +182,7 @@ class AptFP4HfQuantizer(HfQuantizer):  # type: ignore[misc]  # Any to mypy
         """What is saved is what the model holds: merged layers are plain, and config.json says so."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
+        check_no_packed_embedding(model)
         if any(isinstance(each, PackedModule) for each in model.modules()):
             self._describe(model)
         else:

@@ -17,6 +17,7 @@ from apt_model.core.fp4_storage import (
     format_of,
     quantization_config,
 )
+from apt_model.layers.fp4_embedding import check_no_packed_embedding
 from apt_model.layers.fp4_linear import FusedFP4Linear
 
 _WEIGHT = ".weight"
@@ -56,8 +57,9 @@ def swap_layers(model: nn.Module, names: Iterable[str], directory: Path, dtype: 
 def describe_layers(model: nn.Module) -> dict[str, Any] | None:
     """`quantization_config` of a model with FP4 layers; None of one without.
 
-    Raises `InputError` when layers are in different formats, for which config.json has no words.
+    Raises `InputError` when layers are in different formats, for which config.json has no words, or embeddings in any.
     """
+    check_no_packed_embedding(model)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, FusedFP4Linear)}
     if not packed:
         return None

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "FP4Config": "apt_model.optimization.fp4_config",
+        "FusedFP4Embedding": "apt_model.layers.fp4_embedding",
         "FusedFP4Linear": "apt_model.layers.fp4_linear",
         "dequantize": "apt_model.optimization.convert",
         "get_device": "apt_model.core.system",

@@ -1,4 +1,4 @@
-"""Put the linear layers of a model into 4 bits, in place and one at a time, and back again."""
+"""Put the linear layers of a model, and its embeddings, into 4 bits, in place and one at a time, and back again."""
 
 import logging
 from collections import defaultdict, deque
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from apt_model.core.errors import InputError
+from apt_model.layers.fp4_embedding import FusedFP4Embedding
 from apt_model.layers.fp4_experts import FP4Experts, pack_experts, unpack_experts
 from apt_model.layers.fp4_linear import FusedFP4Linear
 from apt_model.layers.packed import PackedModule, check_dtype
@@ -27,10 +28,11 @@ def quantize(
     """Put the weights of a model's linear layers into 4 bits, in place; returns the model.
 
     `nn.Linear` and Hugging Face's `Conv1D` become `FusedFP4Linear`; a module with 3-D weights of experts gets packed
-    ones (`FP4Experts`). Quantised weights are frozen. Biases stay the parameters they were; forward and backward hooks,
-    the training flag and layers that stand in several places are preserved. Tied weights, subclasses of `nn.Linear`,
-    parametrised weights and the like stay as they are, each with its reason in the report. A model that is itself one
-    linear layer is returned as a new layer.
+    ones (`FP4Experts`). With `embeddings` in the config `nn.Embedding` becomes `FusedFP4Embedding`. Quantised weights
+    are frozen. Biases stay the parameters they were; forward and backward hooks, the training flag and layers that
+    stand in several places are preserved. Tied weights, subclasses of `nn.Linear`, parametrised weights and the like
+    stay as they are, each with its reason in the report. A model that is itself one linear layer is returned as a new
+    layer.
 
     Args:
         model: on any device; each layer is quantised where it is, on meta to tensors on meta.
@@ -80,8 +82,8 @@ def quantize(
 def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Turn every packed layer of a model back into a plain one, in place and one at a time; returns the model.
 
-    `FusedFP4Linear` becomes `nn.Linear` (also where it was a `Conv1D`), experts get their own class back. The weights
-    are the quantised values, trainable as in any new layer.
+    `FusedFP4Linear` becomes `nn.Linear` (also where it was a `Conv1D`), `FusedFP4Embedding` becomes `nn.Embedding`,
+    experts get their own class back. The weights are the quantised values, trainable as in any new layer.
 
     Args:
         model: what `quantize` returned, or any model with such layers.
@@ -113,6 +115,8 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
 
 
 def _quantized(module: nn.Module, form: str) -> nn.Module:
+    if isinstance(module, nn.Embedding):
+        return _carry(module, FusedFP4Embedding.from_embedding(module, format=form))
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
         return pack_experts(module, format=form)
     weight, bias = module.get_parameter("weight"), module.bias
@@ -124,6 +128,8 @@ def _quantized(module: nn.Module, form: str) -> nn.Module:
 def _plain(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     if isinstance(module, FP4Experts):
         return unpack_experts(module, dtype)
+    if isinstance(module, FusedFP4Embedding):
+        return _carry(module, module.to_embedding(dtype))
     assert isinstance(module, FusedFP4Linear)
     weight, bias = module.dequantize(), module.bias
     weight = weight if dtype is None else weight.to(dtype)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from apt_model.core.options import require
 from apt_model.core.patterns import covers
+from apt_model.layers.fp4_embedding import option_of_training
 from apt_model.layers.fp4_experts import expert_weights
 from apt_model.layers.packed import FLOATS, PackedModule
 from apt_model.optimization.fp4_config import FP4Config, Skipped
@@ -20,7 +21,7 @@ _STATE_HOOKS = tuple(name for name in HOOKS if "state_dict" in name)
 
 
 class Candidate(NamedTuple):
-    """A module that holds weights of linear layers."""
+    """A module that holds weights of linear layers, or the table of an embedding."""
 
     name: str
     module: nn.Module
@@ -48,7 +49,7 @@ def make_plan(model: nn.Module, config: FP4Config) -> list[Candidate]:
     holders = _holders(model)
     found = []
     for name, module in model.named_modules():
-        weights = _weights(name, module)
+        weights = _weights(name, module, embeddings=config.embeddings)
         if weights:
             asked = next((each for each in config.skip if covers(each, name)), None)
             fault = _fault(module, weights, f"{name}." if name else "", holders)
@@ -82,10 +83,10 @@ def nbytes(held: Tensor | None) -> int:
     return 0 if held is None else held.numel() * held.element_size()
 
 
-def _weights(name: str, module: nn.Module) -> tuple[str, ...]:
+def _weights(name: str, module: nn.Module, *, embeddings: bool) -> tuple[str, ...]:
     if isinstance(module, PackedModule):
         return ()
-    if isinstance(module, nn.Linear) or is_conv1d(module):
+    if isinstance(module, nn.Linear) or is_conv1d(module) or (embeddings and isinstance(module, nn.Embedding)):
         return ("weight",)
     if name.lower().endswith("experts") or type(module).__name__.lower().endswith("experts"):
         return tuple(expert_weights(module))
@@ -114,8 +115,9 @@ def _fault(module: nn.Module, weights: tuple[str, ...], prefix: str, holders: di
     kind = type(module)
     if parametrize.is_parametrized(module):
         return "its weight is parametrised"
-    if isinstance(module, nn.Linear) and kind is not nn.Linear:
-        return f"{kind.__name__} is a subclass of nn.Linear and may do more"
+    for plain in (nn.Linear, nn.Embedding):
+        if isinstance(module, plain) and kind is not plain:
+            return f"{kind.__name__} is a subclass of nn.{plain.__name__} and may do more"
     for name in weights:
         held = module._parameters.get(name)
         if held is None:
@@ -131,9 +133,10 @@ def _fault(module: nn.Module, weights: tuple[str, ...], prefix: str, holders: di
         return "it is compiled: quantise first"
     if any(vars(module)[each] for each in _STATE_HOOKS):
         return "it has hooks on its state dict"
-    if isinstance(module, nn.Linear) or is_conv1d(module):
+    if isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module):
         if "forward" in vars(module):
             return "its forward has been replaced, as accelerate's hooks do"
         if module._buffers or module._modules or module._parameters.keys() - {"weight", "bias"}:
             return "it holds more than a weight and a bias"
-    return None
+    option = option_of_training(module) if isinstance(module, nn.Embedding) else None
+    return f"it has {option}, which a frozen table cannot meet" if option else None

@@ -15,6 +15,8 @@ class FP4Config:
     skip: tuple[str, ...] = ("lm_head",)
     """What stays as it is: patterns (*, ?), each held against every run of whole parts of a module's dotted name, as in
     "lm_head", "visual", "layers.0.mlp", "layers.*.down_proj"."""
+    embeddings: bool = False
+    """Whether `nn.Embedding` is quantised too, unless it is tied. Off, as quantised token tables cost some quality."""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for the first value that cannot be met."""
@@ -42,7 +44,7 @@ class QuantizeReport:
     asked: tuple[Skipped, ...]
     """Left as they are because of `FP4Config.skip`."""
     skipped: tuple[Skipped, ...]
-    """Linear layers and experts that could not be quantised."""
+    """Linear layers, experts and, where asked for, embeddings that could not be quantised."""
     others: tuple[Skipped, ...]
     """Matrices of modules that are no linear layers."""
     frozen: int

@@ -177,6 +177,7 @@ EFFECTS: dict[type, dict[str, list[Effect]]] = {
     FP4Config: {
         "format": [Effect("mxfp4", see.packed)],
         "skip": [Effect(("in_proj", "decoder_layers.1"), see.packed)],
+        "embeddings": [Effect(True, see.packed)],
     },
     AptFP4Config: {
         "format": [Effect("mxfp4", see.loaded)],

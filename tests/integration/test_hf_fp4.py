@@ -17,10 +17,11 @@ pytest.importorskip("accelerate", reason="needs the extra hf")
 from hf_models import MODELS, ids
 from safetensors.torch import load_file, save_file
 
-from apt_model.core.errors import CheckpointError, ConfigError
+from apt_model.core.errors import CheckpointError, ConfigError, InputError
 from apt_model.core.fp4_storage import quantization_config
 from apt_model.integrations import AptFP4Config, prepare_for_training
 from apt_model.integrations.fp4_files import open_fp4
+from apt_model.layers.fp4_embedding import FusedFP4Embedding
 from apt_model.layers.fp4_experts import FP4Experts
 from apt_model.layers.fp4_linear import FusedFP4Linear
 from apt_model.layers.packed import PackedModule
@@ -352,6 +353,37 @@ def test_the_users_config_is_left_as_it_was(tmp_path):
     model = tf.LlamaForCausalLM.from_pretrained(plain, quantization_config=config)
     assert config == AptFP4Config()
     assert model.config.quantization_config.modules_to_not_convert == ("lm_head",)
+
+
+def test_embeddings_quantised_after_loading_run_and_go_back_and_are_not_saved(tmp_path):
+    model = quantize(quantized(tmp_path, "dense"), FP4Config(embeddings=True), report=lambda _: None)
+    assert type(model.get_input_embeddings()) is FusedFP4Embedding
+    expected = logits(model)
+    with pytest.raises(InputError, match=r"expected embeddings in full precision, got model\.embed_tokens in 4 bits"):
+        model.save_pretrained(tmp_path / "fp4")
+    assert torch.equal(logits(model.dequantize()), expected)
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+
+
+def test_tables_that_are_scaled_or_tied_are_left():
+    reports = []
+    quantize(MODELS["bart"](), FP4Config(embeddings=True), report=reports.append)
+    reasons = {each.name: each.reason for each in reports[0].skipped}
+    for side in ("encoder", "decoder"):
+        assert "BartScaledWordEmbedding is a subclass" in reasons[f"model.{side}.embed_tokens"]
+        assert "BartLearnedPositionalEmbedding is a subclass" in reasons[f"model.{side}.embed_positions"]
+    assert not any("embed" in name or "shared" in name for name in reports[0].quantized)
+
+
+@pytest.mark.parametrize("entry", [{"embeddings": True}, {"modules": ["lm_head"]}])
+def test_an_entry_that_nobody_knows_is_refused(entry, tmp_path):
+    _, plain = saved(tmp_path, "dense")
+    with pytest.raises(ConfigError, match=f"AptFP4Config has no option '{next(iter(entry))}'"):
+        tf.LlamaForCausalLM.from_pretrained(
+            plain, quantization_config={"quant_method": "apt_fp4", "format": "nvfp4", **entry}
+        )
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(entry))}'"):
+        AptFP4Config(**entry)
 
 
 def test_our_own_folders_of_the_command_line_open(tmp_path):

@@ -350,7 +350,7 @@ def test_the_facade_loads_neither_torch_nor_triton_nor_rich():
 
 
 def test_a_name_that_is_not_there_is_an_error_that_lists_what_is():
-    with pytest.raises(AttributeError, match=r"it has FP4Config, FusedFP4Linear, .*, vb_global"):
+    with pytest.raises(AttributeError, match=r"it has FP4Config, FusedFP4Embedding, FusedFP4Linear, .*, vb_global"):
         apt_model.optimization.VGPUStack  # noqa: B018
     with pytest.raises(ImportError):
         from apt_model.optimization import VGPUStack  # noqa: F401
