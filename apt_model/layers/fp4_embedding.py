@@ -1,7 +1,5 @@
 """`nn.Embedding` with its table in 4 bits."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,7 +62,7 @@ class FusedFP4Embedding(PackedModule, nn.Embedding):
             require(within, f"{where}.padding_idx", f"one of {num_embeddings} rows", padding_idx)
             padding_idx %= num_embeddings
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.format, self.slots = format, {}
+        self.format, self.slots, self.orders = format, {}, {}
         self.dtype = check_dtype(dtype or torch.get_default_dtype(), where)
         self.add_packed("weight", empty((num_embeddings, embedding_dim), format, device))
         self.reset_parameters()
@@ -119,35 +117,11 @@ class FusedFP4Embedding(PackedModule, nn.Embedding):
             scale.view(-1, scale.shape[-1]).view(table.scale.dtype),
             *table[2:],
         )
-        return _values(rows, self.dtype).view(*ids.shape, self.embedding_dim)
+        return dequantize_in_slabs(rows, self.dtype).view(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         """The settings, for `print(model)`."""
         return f"{super().extra_repr()}, format={self.format!r}, bits={FORMATS[self.format].bits:g}"
-
-
-def _values(rows: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """[T, K] in `dtype`.
-
-    What torch 2.13 compiles for CPUs never writes the last block of a row where that is no whole one (its loop over
-    `x // block` ends too early), so rows with such a block are one operation to it.
-    """
-    if torch.compiler.is_compiling() and rows.in_features % rows.format.block:
-        return _operator(*rows, dtype)
-    return dequantize_in_slabs(rows, dtype)
-
-
-@torch.library.custom_op("apt::fp4_rows", mutates_args=())
-def _operator(
-    packed: Tensor, scale: Tensor, global_scale: Tensor | None, in_features: int, dtype: torch.dtype
-) -> Tensor:
-    return dequantize_in_slabs(PackedWeight(packed, scale, global_scale, in_features), dtype)
-
-
-@_operator.register_fake
-def _(packed: Tensor, *others: Any) -> Tensor:
-    *_, in_features, dtype = others
-    return packed.new_empty((len(packed), in_features), dtype=dtype)
 
 
 def option_of_training(embedding: nn.Embedding) -> str | None:

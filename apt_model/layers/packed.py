@@ -106,9 +106,13 @@ class PackedModule(nn.Module):
 
     def operand(self, name: str, dtype: torch.dtype, *, gated: bool = False) -> Operand:
         """`name` as a product with inputs in `dtype` takes it: in the kernels' order where there are kernels."""
-        # While torch.compile traces nothing may be read before it is in place.
-        (self._prepare_traced if torch.compiler.is_compiling() else self._prepare)(name, dtype, gated)
+        traced = torch.compiler.is_compiling()
+        if traced:  # before anything is read: what torch.compile has seen stays as it is
+            self._reorder_traced(name, dtype, gated)
         order = self._order(name)
+        if not traced and (order is None or order.dtype != dtype or order.gated != gated):
+            self._reorder(name, dtype, gated)
+            order = self._order(name)
         return self.packed_weight(name) if order is None else order
 
     def restore(self, name: str) -> None:
@@ -132,18 +136,13 @@ class PackedModule(nn.Module):
             return None
         return order._replace(words=words, scales=scales, global_scale=held[f"{name}_global_scale"])
 
-    def _prepare(self, name: str, dtype: torch.dtype, gated: bool) -> None:
-        order = self._order(name)
-        if order is None or order.dtype != dtype or order.gated != gated:
-            self._reorder(name, dtype, gated)
-
-    def _prepare_traced(self, name: str, dtype: torch.dtype, gated: bool) -> None:
-        """The same for torch.compile, which calls it and does not look into it; what it has seen stays as it is."""
+    def _reorder_traced(self, name: str, dtype: torch.dtype, gated: bool) -> None:
+        """`_reorder` for torch.compile, which calls this and does not look into it; once in order, no more."""
         if self._order(name) is None:
             self._reorder(name, dtype, gated)
 
     # What torch.compiler.assume_constant_result does, which would import all of dynamo here.
-    _prepare_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _reorder_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _reorder(self, name: str, dtype: torch.dtype, gated: bool) -> None:
         """Bring `name` into the order of products with inputs in `dtype`, if there is one and it can stay there."""

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from apt_model.core.errors import InputError
 from apt_model.ops import fp4
 from apt_model.ops.fp4 import Operand, PackedWeight, Shuffled
 from apt_model.ops.fp4.naive import SLAB_WEIGHTS
@@ -17,8 +16,6 @@ from apt_model.ops.fp4.naive import SLAB_WEIGHTS
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The type in which a layer multiplies `x`: its own, or autocast's as for `nn.Linear`."""
-    if not x.is_floating_point():
-        raise InputError(f"fp4 linear: expected a float input, got {x.dtype}")
     kind = x.device.type
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x.dtype
@@ -27,11 +24,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def fused_linear(x: Tensor, weight: Operand, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """`ops.fp4.linear` as a layer calls it: under autocast `x` is cast as for `nn.Linear`, and sums stay in fp32."""
-    dtype, kind = product_dtype(x), x.device.type
+    kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return fp4.linear(x, weight, bias, activation)
+    x = x.to(product_dtype(x)) if x.is_floating_point() else x
     with torch.autocast(kind, enabled=False):
-        return fp4.linear(x.to(dtype), weight, bias, activation)
+        return fp4.linear(x, weight, bias, activation)
 
 
 def batched(x_ETK: Tensor, weight: Operand) -> Tensor:
@@ -58,6 +56,8 @@ def experts(weight: Operand) -> Iterator[Operand]:
 def dequantize_in_slabs(weight: Operand, dtype: torch.dtype) -> Tensor:
     """[..., N, K] in `dtype`; beside it only a slab of rows is in memory."""
     if isinstance(weight, Shuffled):
+        if weight.words.is_cuda and not weight.gated:
+            return _unpacked(weight, dtype)
         weight = fp4.unshuffle(weight)
     if torch.compiler.is_compiling() or weight.shape.numel() <= SLAB_WEIGHTS:
         return fp4.dequantize(weight, dtype)
@@ -71,3 +71,13 @@ def dequantize_in_slabs(weight: Operand, dtype: torch.dtype) -> Tensor:
         rows = PackedWeight(weight.packed[i : i + step], weight.scale[i : i + step], *weight[2:])
         out[i : i + step] = fp4.dequantize(rows, dtype)
     return out
+
+
+def _unpacked(weight: Shuffled, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(weight.shape, dtype=torch.float32 if dtype == torch.float64 else dtype, device=weight.device)
+    if len(weight.shape) > 2:
+        for values_NK, each in zip(out, experts(weight), strict=True):
+            fp4.unpack(each, values_NK)
+    else:
+        fp4.unpack(weight, out)
+    return out.to(dtype)

@@ -61,6 +61,12 @@ def ours(model: nn.Module) -> nn.Module:
     return quantize(model.half(), FP4Config())
 
 
+def ours_tables_too(model: nn.Module) -> nn.Module:
+    from apt_model.optimization import FP4Config, quantize
+
+    return quantize(model.half(), FP4Config(embeddings=True))
+
+
 def bitsandbytes(model: nn.Module) -> nn.Module:
     import bitsandbytes as bnb
 
@@ -83,6 +89,7 @@ MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fp16": lambda model: model.half(),
     "bitsandbytes fp4": bitsandbytes,
     "ours": ours,
+    "ours, tables too": ours_tables_too,
 }
 BASE = "fp16 eager"
 ARMS = {
@@ -95,6 +102,8 @@ ARMS = {
     "ours eager": ("ours", "eager"),
     "ours CUDA graph": ("ours", "graph"),
     "ours torch.compile": ("ours", "compile"),
+    "ours, tables too, eager": ("ours, tables too", "eager"),
+    "ours, tables too, CUDA graph": ("ours, tables too", "graph"),
 }
 
 
@@ -283,18 +292,13 @@ def goals(cells: dict, sizes: list[str]) -> list[str]:
         ]
         if marks:
             lines.append(f"goal, {arm}: {', '.join(marks)}")
-    peaks = {
-        arm: cells[arm, sizes[0]]["peak_bytes"]
-        for arm in ("ours eager", BASE, "fp32 eager")
-        if (arm, sizes[0]) in cells
-    }
-    if len(peaks) == 3 and all(peaks.values()):
-        own = peaks["ours eager"]
+    for arm in ("ours eager", "ours, tables too, eager"):
+        peaks = {each: cells.get((each, sizes[0]), {}).get("peak_bytes") for each in (arm, BASE, "fp32 eager")}
         for other, limit in ((BASE, GOAL_FP16), ("fp32 eager", GOAL_FP32)):
-            ratio = own / peaks[other]
-            lines.append(
-                f"goal, weights and peak activations at {sizes[0]} over {other}: {ratio:.3f} {'met' if ratio <= limit else 'MISSED'} ({limit})"
-            )
+            if peaks[arm] and peaks[other]:
+                ratio = peaks[arm] / peaks[other]
+                verdict = "met" if ratio <= limit else "MISSED"
+                lines.append(f"goal, weights and peak activations at {sizes[0]}, {arm} over {other}: {ratio:.3f} {verdict} ({limit})")
     return lines
 
 

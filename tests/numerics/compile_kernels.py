@@ -17,7 +17,7 @@ from apt_model.ops.fp4.fused_quantize import tile
 from apt_model.ops.fp4.kernel_decode import decode_kernel
 from apt_model.ops.fp4.kernel_quantize import quantize_kernel
 from apt_model.ops.fp4.kernel_tile import tile_kernel
-from apt_model.ops.fp4.kernel_unpack import unpack_kernel
+from apt_model.ops.fp4.kernel_unpack import unpack_kernel, unpack_order_kernel
 from apt_model.ops.fp4.tables import Decode, Tile
 from apt_model.ops.left_spin import kernel as left_spin
 
@@ -62,6 +62,11 @@ def fp4_unpack_variants():
             **dict.fromkeys(("width", "packed_stride", "scale_stride", "out_stride"), "i32"),
         }  # fmt: skip
         yield unpack_kernel, signature, {"BLOCK": block, "HAS_DIVISOR": divisor, "BYTES": 512}, {}
+        signature = {
+            "words_ptr": "*i32", "scales_ptr": "*i32", "alpha_ptr": "*fp32", "divisor_ptr": "*fp32", "out_ptr": f"*{out}",
+            **dict.fromkeys(("rows", "width", "out_stride", "chunks", "first_tile", "first_chunk"), "i32"),
+        }  # fmt: skip
+        yield unpack_order_kernel, signature, {"BLOCK": block, "FP16": out == "fp16", "HAS_DIVISOR": divisor}, {}
 
 
 def fp4_product_variants(capability):

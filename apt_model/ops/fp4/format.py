@@ -146,4 +146,5 @@ def scale_values(scale: Tensor) -> Tensor:
 
 def spread(scales: Tensor, form: Format, in_features: int) -> Tensor:
     """One value a block [..., G] -> one a weight [..., K]."""
-    return scales.repeat_interleave(form.block, dim=-1)[..., :in_features]
+    # Not repeat_interleave: inductor for CPUs leaves the end of a row whose last block is in part unwritten.
+    return scales[..., torch.arange(in_features, device=scales.device) // form.block]

@@ -60,20 +60,16 @@ def unpack_order_kernel(
     at = (first_tile + tile).to(tl.int64) * chunks + first_chunk + pair
     w = tl.load(words_ptr + at * 512 + tl.arange(0, 1024))
     if FP16:
-        a, b = w ^ (w << 2), w ^ (w << 6)
-        c, d = w ^ (w << 9), w ^ ((w >> 3) & 0x1FFFFFFF)
-        PLACE: tl.constexpr = 9
+        a, b = (w ^ (w << 2)) & -0x71FF7200, (w ^ (w << 6)) & -0x71FF7200
+        c, d = (w ^ (w << 9)) & -0x71FF7200, (w ^ ((w >> 3) & 0x1FFFFFFF)) & -0x71FF7200
     else:
-        a, b = w, w ^ (w << 6)
-        c, d = w ^ ((w << 12) | ((w >> 20) & 0xFFF)), (w << 2) ^ ((w >> 6) & 0x3FFFFFF)
-        PLACE: tl.constexpr = 6
-    a, b, c, d = pair_of_values(a, PLACE), pair_of_values(b, PLACE), pair_of_values(c, PLACE), pair_of_values(d, PLACE)
+        a, b = w & -0x7E3F7E40, (w ^ (w << 6)) & -0x7E3F7E40
+        c, d = (w ^ ((w << 12) | ((w >> 20) & 0xFFF))) & -0x7E3F7E40, ((w << 2) ^ ((w >> 6) & 0x3FFFFFF)) & -0x7E3F7E40
+    a, b, c, d = pair_of_values(a, FP16), pair_of_values(b, FP16), pair_of_values(c, FP16), pair_of_values(d, FP16)
     values = tl.join(tl.join(a, b), tl.join(c, d)).reshape([2, 4, 8, 4, 4, 2, 2, 2])  # c w g t j i r h
-    values = values.permute([1, 6, 2, 0, 4, 7, 3, 5]).reshape([64, 2 * PER, BLOCK])
     s = tl.load(scales_ptr + at * SCALES + tl.arange(0, 2 * SCALES))
     turned = (s << 24) | ((s >> 8) & 0xFFFFFF)
     s = tl.join(tl.join(s >> 4, s >> 20), tl.join(turned >> 4, turned >> 20)) & 255
-    s = s.reshape([2, 4, 8, PER // 2, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, 2 * PER])  # c w g place r b
     if BLOCK == 16:
         bits = (((s >> 3) + 105) << 23) | ((s & 7) << 20)  # s * 2^7 in 5 bits of exponent and 3 of mantissa
         scale = tl.where(s == 0, 0, bits).to(tl.float32, bitcast=True)
@@ -82,14 +78,20 @@ def unpack_order_kernel(
         scale = scale_value(tl.maximum(s - moved, 0), BLOCK)
     if HAS_DIVISOR:
         scale = tl.div_rn(scale, tl.load(divisor_ptr))
-    out = (values.to(tl.float32) * scale[:, :, None]).to(out_ptr.dtype.element_ty).reshape([64, 128])
+    scale = scale.reshape([2, 4, 8, PER // 2, 2, 2]).permute([0, 1, 2, 3, 5, 4])  # c w g place b r
+    scale = scale.reshape([2, 4, 8, PER, 1, 2]).broadcast_to([2, 4, 8, PER, 4 // PER, 2]).reshape([2, 4, 8, 1, 4, 1, 2, 1])
+    out = (values * scale).to(out_ptr.dtype.element_ty)
+    out = out.permute([1, 6, 2, 0, 4, 7, 3, 5]).reshape([64, 128])  # w r g, c j h t i
     row = tile * 64 + tl.arange(0, 64)[:, None]
     column = pair * 64 + tl.arange(0, 128)[None, :]
     tl.store(out_ptr + row.to(tl.int64) * out_stride + column, out, mask=(row < rows) & (column < width))
 
 
 @triton.jit
-def pair_of_values(field, PLACE: tl.constexpr):
-    """The codes whose exponents and mantissas begin at bit PLACE of either half: [..., 2] in fp16, which holds them."""
-    both = tl.join(field, field >> 16)
-    return code_value(((both >> PLACE) & 7) | ((both >> 12) & 8)).to(tl.float16)
+def pair_of_values(field, FP16: tl.constexpr):
+    """What two codes stand for, [..., 2] in fp32; their bits are at bf16's or fp16's places of either half."""
+    if FP16:
+        both = tl.join(field, field >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return both * 16384.0
+    # bf16 is the upper half of fp32, of which these are subnormal numbers and their neighbours: times 2^126.
+    return tl.join(field << 16, field & -65536).to(tl.float32, bitcast=True) * 8.507059173023462e37

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apt_model.core.system.cuda import CudaDevice
 from apt_model.ops.fp4.format import NVFP4, Format, PackedWeight
-from apt_model.ops.fp4.layout import Shuffled
+from apt_model.ops.fp4.layout import COUNTERS, Shuffled
 from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
 
 # Above this many rows of x unpacking a slab and torch's own product are faster.
@@ -23,11 +23,22 @@ _AMPERE = (8, 0)
 
 def choose(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Decode | Tile | None:
     """The launch for `rows` rows of x in `dtype`, or None where unpacking a slab is the way."""
-    if rows > MOST_ROWS or not serves(weight.format, weight.device, dtype):
+    if rows > MOST_ROWS:
         return None
-    capability, processors = _facts(weight.device.index)
+    if isinstance(weight, Shuffled):
+        return _choice(rows, weight.out_features, weight.in_features, weight.format, weight.words.device, dtype)
+    return _choice(rows, *weight.shape, weight.format, weight.device, dtype)
+
+
+@functools.cache
+def _choice(
+    rows: int, out_rows: int, in_features: int, form: Format, device: torch.device, dtype: torch.dtype
+) -> Decode | Tile | None:
+    if not serves(form, device, dtype):
+        return None
+    capability, processors = _facts(device.index)
     bucket = next(each for each in (*_BUCKETS, MOST_ROWS) if rows <= each)
-    return _setting(bucket, *weight.shape, capability == _HOPPER, processors)
+    return _setting(bucket, out_rows, in_features, capability == _HOPPER, processors)
 
 
 def serves(form: Format, device: torch.device, dtype: torch.dtype) -> bool:
@@ -42,10 +53,7 @@ def _facts(index: int | None) -> tuple[tuple[int, int], int]:
     return device.compute_capability(), device.multiprocessors()
 
 
-@functools.cache
-def _setting(
-    x_rows: int, out_rows: int, in_features: int, hopper: bool, processors: int
-) -> Decode | Tile | None:
+def _setting(x_rows: int, out_rows: int, in_features: int, hopper: bool, processors: int) -> Decode | Tile | None:
     if not hopper:
         # wgmma and what reads x from shared memory are Hopper's own; the rest runs wherever mma.sync does.
         return _decode(x_rows, out_rows, in_features, processors, keep=False) if x_rows <= _FEW else None
@@ -93,11 +101,10 @@ def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None
     out = x.new_empty(m, width)
     rows = tiles // setting.wg
     spots = rows * -(-m // setting.bm)
-    counters = weight.counters if spots <= len(weight.counters) else weight.counters.new_zeros(spots)
+    counters = weight.counters if spots <= tiles * COUNTERS else weight.counters.new_zeros(spots)
     partial = None
     if setting.split > 1:
-        size = spots * setting.split * setting.wg * 64 * setting.bm
-        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        partial = x.new_empty(spots * setting.split * setting.wg * 64 * setting.bm, dtype=torch.float32)
     operands = (words, weight.scales, weight.alpha, bias, out, partial, counters)
     # What Triton would look at to find the kernel again, which takes it longer than the launch.
     key = (
@@ -134,6 +141,8 @@ class _Launch:
     ) -> None:
         from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
 
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: PLC0415
+
         from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
         from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
 
@@ -157,17 +166,16 @@ class _Launch:
                 self.options["maxnreg"] = 64
         self.constants = {**own, **common}
         self.compiled: Any = None
+        self.descriptor: Any = TensorDescriptor
         self.described: dict[str, Any] = {}
 
     def rows_of(self, x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
         """X as the kernel's descriptor; checked by Triton the first time, and made without asking again."""
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: PLC0415 - Triton is not everywhere
-
         if not self.described:
-            made = TensorDescriptor(x, list(shape), list(strides), self.block, self.layout)
+            made = self.descriptor(x, list(shape), list(strides), self.block, self.layout)
             self.described = {**vars(made), "base": None}
             return made
-        made = TensorDescriptor.__new__(TensorDescriptor)
+        made = self.descriptor.__new__(self.descriptor)
         made.__dict__.update(self.described, base=x, shape=shape, strides=strides)
         return made
 

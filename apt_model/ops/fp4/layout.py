@@ -19,7 +19,7 @@ from apt_model.ops.fp4.format import MXFP4, NVFP4, Format, PackedWeight, pack, r
 
 TILE_ROWS = 64
 # Counters a tile: one for each group of rows of x that a launch may have.
-_COUNTERS = 16
+COUNTERS = 16
 GROUP_INPUTS = 256
 # Rows that are brought into order at once: what is needed beside the weight is some 20 bytes a weight of these.
 _SLAB_ROWS = 1024
@@ -106,7 +106,7 @@ def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) ->
         missing = (0, groups * GROUP_INPUTS // 2 - packed.shape[1], 0, -len(packed[at]) % TILE_ROWS)
         words[i : i + step] = _words(F.pad(packed[at], missing), dead[at], form.block, dtype)
     # Last: a kernel may begin before the launch in front of it has ended, and reads the counters late.
-    counters = torch.zeros(tiles * _COUNTERS, dtype=torch.int32, device=words.device)
+    counters = torch.zeros(tiles * COUNTERS, dtype=torch.int32, device=words.device)
     return Shuffled(words, scales, weight.global_scale, alpha, counters, rows, size, form.block, gated, dtype)
 
 

@@ -25,6 +25,8 @@ def linear(x: Tensor, weight: Operand, bias: Tensor | None = None, activation: s
     The fused kernels take weights in their own order (`shuffle`); a packed weight goes by way of unpacked slabs.
     Gradients flow to `x` and `bias`; the weight is frozen. With a gradient the activation is an operation of its own.
     """
+    if not x.is_floating_point():
+        raise InputError(f"fp4 linear: expected a float input, got {x.dtype}")
     if x.shape[-1] != weight.in_features:
         raise InputError(f"fp4 linear: expected x [..., {weight.in_features}], got {list(x.shape)}")
     if activation not in ACTIVATIONS:
@@ -66,14 +68,14 @@ def _fits(weight: Operand, dtype: torch.dtype, activation: str | None) -> bool:
 def _forward(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
     if not slab.usable(x, x.dtype) or x.numel() == 0:
         return _definition(x, weight, bias, activation)
-    flat = x.reshape(-1, weight.in_features)
-    setting = launch.choose(len(flat), weight, x.dtype) if _fits(weight, x.dtype, activation) else None
+    flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
+    setting = launch.choose(flat.shape[0], weight, x.dtype) if _fits(weight, x.dtype, activation) else None
     if setting is None:
         out = slab.linear(flat, weight, bias, activation)
     else:
         assert isinstance(weight, Shuffled)
         out = launch.run(flat, weight, bias, activation, setting)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _definition(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:

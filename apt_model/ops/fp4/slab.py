@@ -45,12 +45,12 @@ def linear(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | No
             torch.mm(x, part.T, out=target)
         else:
             torch.addmm(bias[first : first + len(part)], x, part.T, out=target)
-        if activation not in (None, "swiglu"):
+        if not gated and activation not in (None, "swiglu"):
             target.copy_(naive.activate(target, activation))
     if gated:
         out = take_turns_back(out.T, weight.shape[0]).T
         out = out if bias is None else out + bias
-    return naive.activate(out, activation) if activation == "swiglu" else out
+    return naive.activate(out, activation) if gated or activation == "swiglu" else out
 
 
 def input_gradient(upstream: Tensor, weight: Operand) -> Tensor:
