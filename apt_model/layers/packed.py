@@ -1,8 +1,8 @@
 """What modules with weights in 4 bits share: how the packed tensors are kept, moved, loaded and read.
 
-A weight called `w` is kept as the parameters `w_packed`, `w_scale` and, in nvfp4, `w_global_scale` (`ops/fp4`). On a GPU
-its first product brings the first two into the kernels' order, in which they stay: the same bytes, moved. Reading them
-as attributes, moving the module and setting them bring the order of files back, and a state dict always has that.
+A weight called `w` is kept as the parameters `w_packed`, `w_scale` and, in nvfp4, `w_global_scale` (`ops/fp4`). On a
+GPU its first product brings the first two into the kernels' order, in which they stay: the same bytes, moved. Reading
+them as attributes, moving the module and setting them bring the order of files back, and a state dict always has that.
 """
 
 from collections.abc import Callable, Mapping
@@ -142,7 +142,7 @@ class PackedModule(nn.Module):
             self._reorder(name, dtype, gated)
 
     # What torch.compiler.assume_constant_result does, which would import all of dynamo here.
-    _reorder_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _reorder_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
     def _reorder(self, name: str, dtype: torch.dtype, gated: bool) -> None:
         """Bring `name` into the order of products with inputs in `dtype`, if there is one and it can stay there."""

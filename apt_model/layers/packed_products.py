@@ -55,29 +55,21 @@ def experts(weight: Operand) -> Iterator[Operand]:
 
 def dequantize_in_slabs(weight: Operand, dtype: torch.dtype) -> Tensor:
     """[..., N, K] in `dtype`; beside it only a slab of rows is in memory."""
-    if isinstance(weight, Shuffled):
-        if weight.words.is_cuda and not weight.gated:
-            return _unpacked(weight, dtype)
-        weight = fp4.unshuffle(weight)
-    if torch.compiler.is_compiling() or weight.shape.numel() <= SLAB_WEIGHTS:
-        return fp4.dequantize(weight, dtype)
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
+    if torch.compiler.is_compiling():
+        return fp4.dequantize(fp4.unshuffle(weight) if isinstance(weight, Shuffled) else weight, dtype)
     if len(weight.shape) > 2:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         for values_NK, each in zip(out, experts(weight), strict=True):
             values_NK.copy_(dequantize_in_slabs(each, dtype))
         return out
+    if fp4.unpacks(weight, dtype):
+        return fp4.unpack(weight, torch.empty(weight.shape, dtype=dtype, device=weight.device))
+    weight = fp4.unshuffle(weight) if isinstance(weight, Shuffled) else weight
+    if weight.shape.numel() <= SLAB_WEIGHTS:
+        return fp4.dequantize(weight, dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     step = max(1, SLAB_WEIGHTS // weight.in_features)
     for i in range(0, len(out), step):
         rows = PackedWeight(weight.packed[i : i + step], weight.scale[i : i + step], *weight[2:])
         out[i : i + step] = fp4.dequantize(rows, dtype)
     return out
-
-
-def _unpacked(weight: Shuffled, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(weight.shape, dtype=torch.float32 if dtype == torch.float64 else dtype, device=weight.device)
-    if len(weight.shape) > 2:
-        for values_NK, each in zip(out, experts(weight), strict=True):
-            fp4.unpack(each, values_NK)
-    else:
-        fp4.unpack(weight, out)
-    return out.to(dtype)

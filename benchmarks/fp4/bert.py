@@ -298,7 +298,9 @@ def goals(cells: dict, sizes: list[str]) -> list[str]:
             if peaks[arm] and peaks[other]:
                 ratio = peaks[arm] / peaks[other]
                 verdict = "met" if ratio <= limit else "MISSED"
-                lines.append(f"goal, weights and peak activations at {sizes[0]}, {arm} over {other}: {ratio:.3f} {verdict} ({limit})")
+                lines.append(
+                    f"goal, weights and peak activations at {sizes[0]}, {arm} over {other}: {ratio:.3f} {verdict} ({limit})"
+                )
     return lines
 
 

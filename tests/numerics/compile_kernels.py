@@ -63,7 +63,8 @@ def fp4_unpack_variants():
         }  # fmt: skip
         yield unpack_kernel, signature, {"BLOCK": block, "HAS_DIVISOR": divisor, "BYTES": 512}, {}
         signature = {
-            "words_ptr": "*i32", "scales_ptr": "*i32", "alpha_ptr": "*fp32", "divisor_ptr": "*fp32", "out_ptr": f"*{out}",
+            "words_ptr": "*i32", "scales_ptr": "*i32", "alpha_ptr": "*fp32", "divisor_ptr": "*fp32",
+            "out_ptr": f"*{out}",
             **dict.fromkeys(("rows", "width", "out_stride", "chunks", "first_tile", "first_chunk"), "i32"),
         }  # fmt: skip
         yield unpack_order_kernel, signature, {"BLOCK": block, "FP16": out == "fp16", "HAS_DIVISOR": divisor}, {}
@@ -73,7 +74,13 @@ def fp4_product_variants(capability):
     """What is launched on an NVIDIA GPU; x in shared memory and `tile_kernel` are for Hopper alone."""
     launches = [Decode(1, 8, 0, 4, 1), Decode(2, 16, 0, 4, 4)]
     if capability == 90:
-        launches += [Decode(2, 8, 8, 4, 4), Decode(4, 16, 8, 4, 2, 2), Decode(1, 16, 4, 8, 8), Tile(1, 64, 4, 3, 5, 2), Tile(2, 256, 2, 3, 4, 1)]
+        launches += [
+            Decode(2, 8, 8, 4, 4),
+            Decode(4, 16, 8, 4, 2, 2),
+            Decode(1, 16, 4, 8, 8),
+            Tile(1, 64, 4, 3, 5, 2),
+            Tile(2, 256, 2, 3, 4, 1),
+        ]
     kinds = [("bf16", 16, None), ("fp16", 16, "swiglu"), ("bf16", 32, "gelu")]
     for setting, (dtype, block, activation) in itertools.product(launches, kinds):
         tile = isinstance(setting, Tile)
@@ -96,7 +103,12 @@ def fp4_product_variants(capability):
             "FP16": dtype == "fp16", "HAS_BIAS": True, "ACTIVATION": launch.CODES[activation], "PDL": capability >= 90,
             **own,
         }  # fmt: skip
-        yield tile_kernel if tile else decode_kernel, signature, constants, {"num_warps": 4 * setting.wg // constants.get("REP", 1)}
+        yield (
+            tile_kernel if tile else decode_kernel,
+            signature,
+            constants,
+            {"num_warps": 4 * setting.wg // constants.get("REP", 1)},
+        )
 
 
 def main(name: str) -> None:

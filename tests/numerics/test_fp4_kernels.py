@@ -179,7 +179,9 @@ def test_unpacking_the_kernels_order_is_the_definition_bit_for_bit(rows, width, 
 def test_a_slab_of_the_kernels_order_may_begin_anywhere():
     weight = packed(200, 600)
     expected = naive.dequantize(weight, torch.float16)
-    got = slab.unpack(shuffle(weight, torch.bfloat16), torch.empty(70, 90, device=DEVICE, dtype=torch.float16), row=64, column=256)
+    got = slab.unpack(
+        shuffle(weight, torch.bfloat16), torch.empty(70, 90, device=DEVICE, dtype=torch.float16), row=64, column=256
+    )
     assert torch.equal(got, expected[64:134, 256:346])
 
 
@@ -238,7 +240,14 @@ def test_what_a_gpu_does_is_said():
 def settings():
     yield from (Decode(1, 8, 0, 4, 1), Decode(2, 8, 0, 4, 2), Decode(1, 16, 0, 4, 1))
     if HOPPER:
-        yield from (Decode(1, 8, 16, 4, 1), Decode(2, 16, 2, 8, 8), Decode(4, 16, 4, 4, 4, 2), Decode(2, 8, 8, 4, 3, 2), Tile(1, 16, 4, 3, 5, 1), Tile(1, 64, 2, 4, 5, 2))
+        yield from (
+            Decode(1, 8, 16, 4, 1),
+            Decode(2, 16, 2, 8, 8),
+            Decode(4, 16, 4, 4, 4, 2),
+            Decode(2, 8, 8, 4, 3, 2),
+            Tile(1, 16, 4, 3, 5, 1),
+            Tile(1, 64, 2, 4, 5, 2),
+        )
         yield from (
             Tile(2, 128, 4, 3, 5, 1),
             Tile(2, 256, 2, 3, 4, 1),

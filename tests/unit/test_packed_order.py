@@ -1,4 +1,4 @@
-"""Weights that stay in the kernels' order: what others see of it. A GPU's kernels are elsewhere; here is who holds what."""
+"""Weights that stay in the kernels' order: what others see of it. The kernels have tests of their own."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ def _kernels(monkeypatch):
     """As on a GPU whose kernels take weights in their order."""
     if not CUDA:
         halves = (torch.bfloat16, torch.float16)
-        monkeypatch.setattr(fp4, "wants_order", lambda form, device, dtype: dtype in halves)
+        monkeypatch.setattr(fp4, "wants_order", lambda _form, _device, dtype: dtype in halves)
 
 
 def layer_of(rows=70, width=100, **options):
@@ -90,7 +90,9 @@ def test_what_is_written_to_a_parameter_counts():
 def test_a_parameter_that_is_put_in_place_counts(how):
     layer, before = in_use()
     layer(x_of())
-    fresh = {name: nn.Parameter(tensor.clone(), requires_grad=False) for name, tensor in layer_of().state_dict().items()}
+    fresh = {
+        name: nn.Parameter(tensor.clone(), requires_grad=False) for name, tensor in layer_of().state_dict().items()
+    }
     for name, made in fresh.items():
         if how == "attribute":
             setattr(layer, name, made)
@@ -111,7 +113,7 @@ def test_a_copy_is_of_its_own():
 
 def test_a_pickled_layer_is_the_same():
     layer, before = in_use()
-    twin = pickle.loads(pickle.dumps(layer))
+    twin = pickle.loads(pickle.dumps(layer))  # noqa: S301 - what it just wrote
     assert same(twin.state_dict(), before)
     assert torch.equal(twin(x_of()), layer(x_of()))
 

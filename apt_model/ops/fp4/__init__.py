@@ -5,10 +5,10 @@ from apt_model.ops.fp4.layout import Shuffled, shuffle_if_reversible, unshuffle
 from apt_model.ops.fp4.naive import dequantize
 from apt_model.ops.fp4.quantize import quantize
 from apt_model.ops.fp4.select import ACTIVATIONS, explain, linear, wants_order
-from apt_model.ops.fp4.slab import Operand, unpack
+from apt_model.ops.fp4.slab import Operand, unpack, unpacks
 
 __all__ = [
     "ACTIVATIONS", "FORMATS", "MXFP4", "NVFP4", "Operand", "PackedWeight", "Shuffled",
-    "check", "dequantize", "explain", "get_format", "linear", "quantize", "shuffle_if_reversible", "unpack", "unshuffle",
-    "wants_order",
+    "check", "dequantize", "explain", "get_format", "linear", "quantize", "shuffle_if_reversible", "unpack", "unpacks",
+    "unshuffle", "wants_order",
 ]  # fmt: skip

@@ -18,8 +18,8 @@ from apt_model.ops.fp4.kernel_names import barrier, reinterpret, tma_load
 RELU, GELU, GELU_TANH, SILU, SWIGLU = (gl.constexpr(code) for code in range(1, 6))
 
 # One word, eight codes, to four pairs of bf16: four shifted copies, and of one or two of them the bits of bf16's sign,
-# low exponent and high mantissa (`layout.py` solves for the word). They are the value times 2^-126. Then times the scale,
-# whose bits are s * 2^119; the product s * w * 2^-7 is exact. A multiplication alone needs compute capability 9.
+# low exponent and high mantissa (`layout.py` solves for the word). They are the value times 2^-126. Then times the
+# scale, whose bits are s * 2^119; the product s * w * 2^-7 is exact. A multiplication alone needs compute capability 9.
 DECODE_BF16 = gl.constexpr("""
 {
 .reg .b32 p, q, r, v, a, b, c, d, z, u, l;
@@ -47,8 +47,8 @@ mov.b32 {$6, $7}, d;
 }
 """)
 
-# The same for fp16, from words made for it: E2M1's bits in its places are the value times 2^-14, the scale's are s * 2^7,
-# and the product's factor is 2^-7 again.
+# The same for fp16, from words made for it: E2M1's bits in its places are the value times 2^-14, the scale's are
+# s * 2^7, and the product's factor is 2^-7 again.
 DECODE_FP16 = gl.constexpr("""
 {
 .reg .b32 p, q, r, v, a, b, c, d, z, u, l;
@@ -76,8 +76,8 @@ mov.b32 {$6, $7}, d;
 }
 """)
 
-# A word of scales is two words of one product or block each: the byte of row g in bits 4 to 11, that of g + 8 in bits 20
-# to 27. The first has them there; the second's lie around them, and turning the word by a byte brings them there.
+# A word of scales is two words of one product or block each: the byte of row g in bits 4 to 11, that of g + 8 in bits
+# 20 to 27. The first has them there; the second's lie around them, and turning the word by a byte brings them there.
 # Bits of 0x7000 make nvfp4's s * 2^7 in five bits of exponent bf16's s * 2^119.
 SPREAD_BF16 = gl.constexpr("""
 {

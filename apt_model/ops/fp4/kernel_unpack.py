@@ -45,7 +45,7 @@ def unpack_kernel(
     tl.store(out_ptr + row * out_stride + column, values.to(out_ptr.dtype.element_ty), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks", "first_tile", "first_chunk"])
 def unpack_order_kernel(
     words_ptr, scales_ptr, alpha_ptr, divisor_ptr, out_ptr, rows, width, out_stride, chunks, first_tile, first_chunk,
     BLOCK: tl.constexpr, FP16: tl.constexpr, HAS_DIVISOR: tl.constexpr,
@@ -79,7 +79,9 @@ def unpack_order_kernel(
     if HAS_DIVISOR:
         scale = tl.div_rn(scale, tl.load(divisor_ptr))
     scale = scale.reshape([2, 4, 8, PER // 2, 2, 2]).permute([0, 1, 2, 3, 5, 4])  # c w g place b r
-    scale = scale.reshape([2, 4, 8, PER, 1, 2]).broadcast_to([2, 4, 8, PER, 4 // PER, 2]).reshape([2, 4, 8, 1, 4, 1, 2, 1])
+    scale = (
+        scale.reshape([2, 4, 8, PER, 1, 2]).broadcast_to([2, 4, 8, PER, 4 // PER, 2]).reshape([2, 4, 8, 1, 4, 1, 2, 1])
+    )
     out = (values * scale).to(out_ptr.dtype.element_ty)
     out = out.permute([1, 6, 2, 0, 4, 7, 3, 5]).reshape([64, 128])  # w r g, c j h t i
     row = tile * 64 + tl.arange(0, 64)[:, None]

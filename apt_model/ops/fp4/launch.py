@@ -1,6 +1,5 @@
 """Which kernel for how many rows on which GPU, and its launch."""
 
-import contextlib
 import functools
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from apt_model.core.system.cuda import CudaDevice
+from apt_model.ops.fp4.compiled import Compiled, known, on_device
 from apt_model.ops.fp4.format import NVFP4, Format, PackedWeight
 from apt_model.ops.fp4.layout import COUNTERS, Shuffled
 from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
@@ -31,7 +31,7 @@ def choose(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> De
 
 
 @functools.cache
-def _choice(
+def _choice(  # noqa: PLR0917 - they are what it remembers by
     rows: int, out_rows: int, in_features: int, form: Format, device: torch.device, dtype: torch.dtype
 ) -> Decode | Tile | None:
     if not serves(form, device, dtype):
@@ -111,6 +111,9 @@ def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None
         setting, index, weight.dtype, weight.block, weight.out_features, x.stride(0), k, activation,
         None if bias is None else (bias.dtype, bias.data_ptr() % 16), described or x.data_ptr() % 16,
     )  # fmt: skip
+    rest: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     if isinstance(setting, Tile):
         chunks = -(-k // 64)
         steps = -(-chunks // setting.c)
@@ -121,51 +124,42 @@ def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None
         grid = (rows, setting.split, 1)
         rest = (m, width, k, x.stride(0), groups, -(-groups // setting.split))
         shape, strides = (k // 64, m, 64), (64, x.stride(0), 1)
-    here = index == torch.accelerator.current_device_index()
-    with contextlib.nullcontext() if here else torch.accelerator.device_index(index):
-        found = _found.get(key)
-        if found is None:
-            found = _found[key] = _Launch(setting, weight, bias is not None, activation, index)
+    with on_device(index):
+        found = known(key, lambda: _Product(setting, weight, bias is not None, activation, index))
         found(grid, found.rows_of(x, shape, strides) if described else x, *operands, *rest)
     return out
 
 
-_found: dict[tuple[Any, ...], "_Launch"] = {}
-
-
-class _Launch:
-    """A kernel with all that is decided before it is compiled: at its first call Triton compiles it or finds it."""
+class _Product(Compiled):
+    """One of the two kernels, with its view of x."""
 
     def __init__(
         self, setting: Decode | Tile, weight: Shuffled, has_bias: bool, activation: str | None, index: int
     ) -> None:
         from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
-
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: PLC0415
 
         from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
         from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
 
-        warps = 4 * setting.wg // (1 if isinstance(setting, Tile) else setting.rep)
-        self.options: dict[str, Any] = {"num_warps": warps, "launch_pdl": _facts(index)[0] >= _HOPPER}
-        common = {
-            "AHEAD": setting.ahead, "BLOCK": weight.block, "FP16": weight.dtype == torch.float16,
-            "HAS_BIAS": has_bias, "ACTIVATION": CODES[activation], "PDL": self.options["launch_pdl"],
-        }  # fmt: skip
+        early = _facts(index)[0] >= _HOPPER
+        options: dict[str, Any] = {"num_warps": 4 * setting.wg, "launch_pdl": early}
         if isinstance(setting, Tile):
-            self.function: Any = tile_kernel
+            function: Any = tile_kernel
             own = {"SPLIT": setting.split, "WG": setting.wg, "C": setting.c, "BM": setting.bm, "STAGES": setting.stages}
             self.block, self.layout = [setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)
         else:
-            self.function = decode_kernel
-            own = {
-                "SPLIT": setting.split, "WG": setting.wg, "REP": setting.rep, "BM": setting.bm, "KEPT": setting.kept
-            }  # fmt: skip
+            function = decode_kernel
+            own = {"SPLIT": setting.split, "WG": setting.wg, "REP": setting.rep, "BM": setting.bm, "KEPT": setting.kept}
             self.block, self.layout = [setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)
+            options["num_warps"] //= setting.rep
             if setting.ahead == 4 and setting.rep == 1:
-                self.options["maxnreg"] = 64
-        self.constants = {**own, **common}
-        self.compiled: Any = None
+                options["maxnreg"] = 64
+        common = {
+            "AHEAD": setting.ahead, "BLOCK": weight.block, "FP16": weight.dtype == torch.float16,
+            "HAS_BIAS": has_bias, "ACTIVATION": CODES[activation], "PDL": early,
+        }  # fmt: skip
+        super().__init__(function, {**own, **common}, **options)
         self.descriptor: Any = TensorDescriptor
         self.described: dict[str, Any] = {}
 
@@ -178,12 +172,6 @@ class _Launch:
         made = self.descriptor.__new__(self.descriptor)
         made.__dict__.update(self.described, base=x, shape=shape, strides=strides)
         return made
-
-    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
-        if self.compiled is None:
-            self.compiled = self.function[grid](*arguments, **self.constants, **self.options)
-        else:
-            self.compiled[grid](*arguments, *self.constants.values())
 
 
 @functools.cache

@@ -73,8 +73,14 @@ class Shuffled(NamedTuple):
 
     def picked(self, index: int | Tensor) -> "Shuffled":
         """Weight `index` of a stack, or a stack of several."""
-        tensors = [None if each is None else each[index] for each in self[:5]]
-        return self._replace(**dict(zip(self._fields, tensors, strict=False)))
+        divisor = None if self.global_scale is None else self.global_scale[index]
+        return self._replace(
+            words=self.words[index],
+            scales=self.scales[index],
+            global_scale=divisor,
+            alpha=self.alpha[index],
+            counters=self.counters[index],
+        )
 
 
 def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) -> Shuffled:
@@ -84,8 +90,13 @@ def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) ->
     """
     if weight.packed.dim() > 2:
         each = [shuffle(weight.picked(i), dtype, gated=gated) for i in range(len(weight.packed))]
-        stacked = [None if part[0] is None else torch.stack(part) for part in zip(*(one[:5] for one in each), strict=True)]
-        return Shuffled(*stacked, *each[0][5:])
+        return each[0]._replace(
+            words=torch.stack([one.words for one in each]),
+            scales=torch.stack([one.scales for one in each]),
+            global_scale=weight.global_scale,
+            alpha=torch.stack([one.alpha for one in each]),
+            counters=torch.stack([one.counters for one in each]),
+        )
     form, (rows, size) = weight.format, weight.shape
     packed, scale = weight.packed, weight.scale.view(torch.uint8)
     if gated:
@@ -137,7 +148,9 @@ def unshuffle(order: Shuffled) -> PackedWeight:
         packed[at] = pack(_codes(order.words[i : i + step], order.dtype)[:, : columns * 2])
     scale = _gather(order.scales)[:, :blocks]
     if form == NVFP4:
-        scale = ((scale.to(torch.int16) << 7).view(torch.float16).to(torch.float32) / _SCALE_FACTOR).to(form.scale_dtype)
+        scale = ((scale.to(torch.int16) << 7).view(torch.float16).to(torch.float32) / _SCALE_FACTOR).to(
+            form.scale_dtype
+        )
     else:
         scale = (scale - (_MOVED_BY - torch.frexp(order.alpha).exponent)).to(torch.uint8)
     scale = scale.view(torch.uint8)
@@ -162,7 +175,9 @@ def take_turns_back(rows: Tensor, count: int) -> Tensor:
 def _words(packed: Tensor, dead: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     """Codes [n * 64, G * 128 bytes] -> int32 [n, G, c, w, g, t, j]; codes of blocks without a scale become 0."""
     codes = unpack(packed, packed.shape[1] * 2).unflatten(1, (-1, block)).masked_fill(dead[:, :, None], 0)
-    codes = codes.view(packed.shape[0] // TILE_ROWS, 4, 2, 8, packed.shape[1] // 128, 4, 4, 2, 4, 2)  # n w r g G c j h t i
+    codes = codes.view(
+        packed.shape[0] // TILE_ROWS, 4, 2, 8, packed.shape[1] // 128, 4, 4, 2, 4, 2
+    )  # n w r g G c j h t i
     codes = codes.permute(0, 4, 5, 1, 3, 8, 6, 7, 2, 9).to(torch.int32).flatten(7)  # n G c w g t j (h r i)
     words = torch.zeros(codes.shape[:7], dtype=torch.int32, device=packed.device)
     for at in range(8):

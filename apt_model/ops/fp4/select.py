@@ -128,15 +128,23 @@ Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, list[
 def _parts(weight: Operand) -> Parts:
     if isinstance(weight, PackedWeight):
         return *weight[:3], None, None, [weight.in_features]
-    facts = [weight.out_features, weight.in_features, weight.block, int(weight.gated), int(weight.dtype == torch.float16)]
+    facts = [
+        weight.out_features,
+        weight.in_features,
+        weight.block,
+        int(weight.gated),
+        int(weight.dtype == torch.float16),
+    ]
     return *weight[:5], facts
 
 
 def _whole(*parts: Any) -> Operand:
-    *tensors, facts = parts
+    codes, scale, global_scale, alpha, counters, facts = parts
     if len(facts) == 1:
-        return PackedWeight(*tensors[:3], facts[0])
-    return Shuffled(*tensors, *facts[:3], bool(facts[3]), torch.float16 if facts[4] else torch.bfloat16)
+        return PackedWeight(codes, scale, global_scale, facts[0])
+    half = torch.float16 if facts[4] else torch.bfloat16
+    rows, width, block, gated, _ = facts
+    return Shuffled(codes, scale, global_scale, alpha, counters, rows, width, block, bool(gated), half)
 
 
 class _Linear(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apt_model.ops.fp4 import naive
+from apt_model.ops.fp4.compiled import Compiled, known, on_device
 from apt_model.ops.fp4.format import PackedWeight
 from apt_model.ops.fp4.layout import TILE_ROWS, Shuffled, take_turns, take_turns_back
 
@@ -26,6 +27,12 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 def usable(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether kernels serve products where `x` is, in `dtype`."""
     return x.is_cuda and HAS_TRITON and dtype in TYPES
+
+
+def unpacks(weight: Operand, dtype: torch.dtype) -> bool:
+    """Whether `unpack` gives the whole weight [N, K] in `dtype`, rows where they belong."""
+    in_place = isinstance(weight, PackedWeight) or not weight.gated
+    return in_place and weight.device.type == "cuda" and HAS_TRITON and dtype in TYPES and weight.shape.numel() > 0
 
 
 def linear(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -77,22 +84,28 @@ def unpack(weight: Operand, slab: Tensor, *, row: int = 0, column: int = 0) -> T
     from apt_model.ops.fp4.kernel_unpack import unpack_kernel, unpack_order_kernel  # noqa: PLC0415 - Triton's import
 
     part = slab[: _stored_rows(weight) - row]
-    rows, width = part.shape
-    with torch.accelerator.device_index(slab.device.index):
+    (rows, width), stride, block = part.shape, part.stride(0), weight.format.block
+    has_divisor, index = weight.global_scale is not None, part.device.index
+    key = (index, block, has_divisor, part.dtype, width, stride, part.data_ptr() % 16)
+    with on_device(index):
         if isinstance(weight, Shuffled):
-            unpack_order_kernel[(-(-rows // TILE_ROWS), -(-width // 128))](
-                weight.words, weight.scales, weight.alpha, weight.global_scale, part, rows, width, part.stride(0),
+            half = weight.dtype == torch.float16
+            constants = {"BLOCK": block, "FP16": half, "HAS_DIVISOR": has_divisor}
+            known(("order", half, *key), lambda: Compiled(unpack_order_kernel, constants))(
+                (-(-rows // TILE_ROWS), -(-width // 128), 1),
+                weight.words, weight.scales, weight.alpha, weight.global_scale, part, rows, width, stride,
                 weight.words.shape[1] * 4, row // TILE_ROWS, column // 64,
-                BLOCK=weight.block, FP16=weight.dtype == torch.float16, HAS_DIVISOR=weight.global_scale is not None,
             )  # fmt: skip
             return part
         packed = weight.packed[row : row + rows, column // 2 :]
-        scale = weight.scale.view(torch.uint8)[row : row + rows, column // weight.format.block :]
+        scale = weight.scale.view(torch.uint8)[row : row + rows, column // block :]
         count = -(-width // 2)
-        block = min(512, 1 << max(count - 1, 1).bit_length())
-        unpack_kernel[(rows, -(-count // block))](
-            packed, scale, weight.global_scale, part, width, packed.stride(0), scale.stride(0), part.stride(0),
-            BLOCK=weight.format.block, HAS_DIVISOR=weight.global_scale is not None, BYTES=block,
+        size = min(512, 1 << max(count - 1, 1).bit_length())
+        pitches = (packed.stride(0), scale.stride(0), packed.data_ptr() % 16, scale.data_ptr() % 16)
+        constants = {"BLOCK": block, "HAS_DIVISOR": has_divisor, "BYTES": size}
+        known(("packed", pitches, *key), lambda: Compiled(unpack_kernel, constants))(
+            (rows, -(-count // size), 1),
+            packed, scale, weight.global_scale, part, width, packed.stride(0), scale.stride(0), stride,
         )  # fmt: skip
     return part
 
