@@ -281,7 +281,7 @@ def test_every_launch_is_the_definition_over_odd_sizes(setting, form):
 def test_every_activation_at_every_number_of_rows(form, activation, dtype):
     weight, bias = packed(1000, 960, form), rows_of(1, 1000, dtype, seed=3)[0]
     scale = 0.02 / float(naive.dequantize(weight, torch.float32).std())
-    for count in (1, 7, 16, 33, 100, 300, 2000):
+    for count in (1, 7, 16, 33, 100, 300, 2000, 6200):
         x = rows_of(count, 960, dtype) * scale
         ready = as_a_layer_has_it(weight, dtype, activation)
         got = fp4.linear(x, ready, bias, activation)
@@ -362,7 +362,7 @@ def test_in_a_cuda_graph(count):
 @on_gpu
 @pytest.mark.parametrize("ready", [False, True])
 def test_many_rows_take_one_slab_of_memory(ready):
-    weight, x = packed(16384, 4096), rows_of(2048, 4096)
+    weight, x = packed(16384, 4096), rows_of(6400, 4096)
     weight = shuffle(weight, torch.bfloat16) if ready else weight
     fp4.linear(x, weight)
     torch.cuda.synchronize()

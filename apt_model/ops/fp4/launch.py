@@ -13,7 +13,7 @@ from apt_model.ops.fp4.layout import COUNTERS, Shuffled
 from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
 
 # Above this many rows of x unpacking a slab and torch's own product are faster.
-MOST_ROWS = 1536
+MOST_ROWS = 6144
 CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "swiglu": 5}
 _BUCKETS = (8, 16, 32, 64, 128, 256, 1024)
 _FEW = 16  # rows of x up to which a product is bound by reading the weights
