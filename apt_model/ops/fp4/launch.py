@@ -1,7 +1,7 @@
 """Which kernel for how many rows on which GPU, and its launch."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,43 +91,62 @@ def _decode(x_rows: int, out_rows: int, in_features: int, processors: int, *, ke
 
 def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Tensor:
     """act(x W^T + bias), x [M, K] -> [M, N] (swiglu: [M, N / 2])."""
-    index, words = x.device.index, weight.words
-    tiles, groups = words.shape[0], words.shape[1]
-    setting = _fitted(setting, tiles, groups)
     described = isinstance(setting, Tile) or setting.kept > 0
     x = _aligned(x) if described else x.contiguous()
-    m, k = x.shape
-    width = weight.out_features // 2 if weight.gated else weight.out_features
-    out = x.new_empty(m, width)
-    rows = tiles // setting.wg
-    spots = rows * -(-m // setting.bm)
-    counters = weight.counters if spots <= tiles * COUNTERS else weight.counters.new_zeros(spots)
-    partial = None
-    if setting.split > 1:
-        partial = x.new_empty(spots * setting.split * setting.wg * 64 * setting.bm, dtype=torch.float32)
-    operands = (words, weight.scales, weight.alpha, bias, out, partial, counters)
-    # What Triton would look at to find the kernel again, which takes it longer than the launch.
+    (m, k), pitch, index = x.shape, x.stride(0), x.device.index
+    # All that a launch is decided by, and what Triton would look at to find the kernel again.
     key = (
-        setting, index, weight.dtype, weight.block, weight.out_features, x.stride(0), k, activation,
+        setting, m, k, pitch, index, weight.dtype, weight.block, weight.out_features, activation,
         None if bias is None else (bias.dtype, bias.data_ptr() % 16), described or x.data_ptr() % 16,
     )  # fmt: skip
-    rest: tuple[int, ...]
-    shape: tuple[int, ...]
+    plan = known(key, lambda: _plan(key, weight, has_bias=bias is not None))
+    out = x.new_empty(plan.out)
+    partial = x.new_empty(plan.sums, dtype=torch.float32) if plan.sums else None
+    counters = weight.counters.new_zeros(plan.counters) if plan.counters else weight.counters
+    with on_device(index):
+        plan.product(
+            plan.grid, plan.product.rows_of(x, plan.shape, plan.strides) if described else x,
+            weight.words, weight.scales, weight.alpha, bias, out, partial, counters, *plan.numbers,
+        )  # fmt: skip
+    return out
+
+
+class _Plan(NamedTuple):
+    """One launch, for so many rows of x."""
+
+    product: "_Product"
+    grid: tuple[int, int, int]
+    numbers: tuple[int, ...]  # the kernel's own, after its tensors
+    shape: tuple[int, ...]  # of x, as the kernel's descriptor has it
     strides: tuple[int, ...]
+    out: tuple[int, int]
+    sums: int  # floats for sums over parts of the inputs
+    counters: int  # where the weight's own do not suffice
+
+
+def _plan(key: tuple[Any, ...], weight: Shuffled, *, has_bias: bool) -> _Plan:
+    setting, m, k, pitch, index = key[:5]
+    activation = key[8]
+    tiles, groups = weight.words.shape[:2]
+    setting = _fitted(setting, tiles, groups)
+    width = weight.out_features // 2 if weight.gated else weight.out_features
+    rows = tiles // setting.wg
+    spots = rows * -(-m // setting.bm)
     if isinstance(setting, Tile):
         chunks = -(-k // 64)
-        steps = -(-chunks // setting.c)
         grid = (-(-m // setting.bm), rows, setting.split)
-        rest = (m, width, groups, chunks, -(-steps // setting.split))
-        shape, strides = (m, k), (x.stride(0), 1)
+        steps = -(-chunks // setting.c)
+        numbers: tuple[int, ...] = (m, width, groups, chunks, -(-steps // setting.split))
+        shape: tuple[int, ...] = (m, k)
+        strides: tuple[int, ...] = (pitch, 1)
     else:
         grid = (rows, setting.split, 1)
-        rest = (m, width, k, x.stride(0), groups, -(-groups // setting.split))
-        shape, strides = (k // 64, m, 64), (64, x.stride(0), 1)
-    with on_device(index):
-        found = known(key, lambda: _Product(setting, weight, bias is not None, activation, index))
-        found(grid, found.rows_of(x, shape, strides) if described else x, *operands, *rest)
-    return out
+        numbers = (m, width, k, pitch, groups, -(-groups // setting.split))
+        shape, strides = (k // 64, m, 64), (64, pitch, 1)
+    sums = spots * setting.split * setting.wg * 64 * setting.bm if setting.split > 1 else 0
+    # The same kernel serves other numbers of rows.
+    product = known((setting, *key[2:]), lambda: _Product(setting, weight, has_bias, activation, index))
+    return _Plan(product, grid, numbers, shape, strides, (m, width), sums, spots if spots > tiles * COUNTERS else 0)
 
 
 class _Product(Compiled):
