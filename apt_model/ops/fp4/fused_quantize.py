@@ -1,13 +1,11 @@
 """The launch of the quantiser's kernel, and the rule that says when it stands in for the definition."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from apt_model.ops import HAS_TRITON
 from apt_model.ops.fp4.format import NVFP4, Format
 
-_HAS_TRITON = find_spec("triton") is not None
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Weights of a program, 16 a thread; its widest row.
 _TILE, _WIDEST = 2048, 512
@@ -15,7 +13,7 @@ _TILE, _WIDEST = 2048, 512
 
 def applies(weight: Tensor) -> bool:
     """Whether the kernel quantises this weight: on a GPU, of a type that fp32 holds."""
-    return weight.is_cuda and _HAS_TRITON and weight.dtype in _TYPES
+    return weight.is_cuda and HAS_TRITON and weight.dtype in _TYPES
 
 
 def quantize_rows(  # noqa: PLR0917 - what the definition takes, and where its two results go

@@ -255,6 +255,21 @@ def finish_split(
 
 
 @gluon.jit
+def at_chunk(
+    words_ptr, scales_ptr, tile, groups, first,
+    WG: gl.constexpr, SCALES: gl.constexpr, words_layout: gl.constexpr, scales_layout: gl.constexpr,
+):  # fmt: skip
+    """Where each lane finds its codes and scales in chunk `first` of a tile of WG * 64 rows."""
+    wg_words = gl.arange(0, WG, gl.SliceLayout(1, words_layout))[:, None]
+    at_words = gl.arange(0, 512, gl.SliceLayout(0, words_layout))[None, :]
+    wg_scales = gl.arange(0, WG, gl.SliceLayout(1, scales_layout))[:, None]
+    at_scales = gl.arange(0, SCALES, gl.SliceLayout(0, scales_layout))[None, :]
+    words_ptr += ((tile * WG + wg_words).to(gl.int64) * groups * 4 + first) * 512 + at_words
+    scales_ptr += ((tile * WG + wg_scales).to(gl.int64) * groups * 4 + first) * SCALES + at_scales
+    return words_ptr, scales_ptr
+
+
+@gluon.jit
 def load_chunk(words_ptr, scales_ptr, i: gl.constexpr, SCALES: gl.constexpr):
     """Codes and scales of the 64 inputs of the i-th chunk from here."""
     words = gl.load(words_ptr + i * 512)
@@ -320,12 +335,9 @@ def decode_kernel(
     tile, split = gl.program_id(0), gl.program_id(1)
     first = split * groups_per_split
     last = gl.minimum(first + groups_per_split, groups)
-    wg_words = gl.arange(0, WG, gl.SliceLayout(1, words_layout))[:, None]
-    at_words = gl.arange(0, 512, gl.SliceLayout(0, words_layout))[None, :]
-    wg_scales = gl.arange(0, WG, gl.SliceLayout(1, scales_layout))[:, None]
-    at_scales = gl.arange(0, SCALES, gl.SliceLayout(0, scales_layout))[None, :]
-    words_ptr += ((tile * WG + wg_words).to(gl.int64) * groups + first) * 2048 + at_words
-    scales_ptr += ((tile * WG + wg_scales).to(gl.int64) * groups + first) * (4 * SCALES) + at_scales
+    words_ptr, scales_ptr = at_chunk(
+        words_ptr, scales_ptr, tile, groups, first * 4, WG, SCALES, words_layout, scales_layout
+    )  # fmt: skip
     words = ()
     scales = ()
     for i in gl.static_range(AHEAD):

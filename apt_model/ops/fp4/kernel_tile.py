@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from apt_model.ops.fp4.kernel_decode import finish_split, fragments, layout
+from apt_model.ops.fp4.kernel_decode import at_chunk, finish_split, fragments, layout
 from apt_model.ops.fp4.kernel_names import barrier, tma_load
 
 
@@ -70,12 +70,9 @@ def tile_kernel(
     m_tile, tile, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     first = split * steps_per_split * C
     last = gl.minimum(first + steps_per_split * C, chunks)
-    wg_words = gl.arange(0, WG, gl.SliceLayout(1, words_layout))[:, None]
-    at_words = gl.arange(0, 512, gl.SliceLayout(0, words_layout))[None, :]
-    wg_scales = gl.arange(0, WG, gl.SliceLayout(1, scales_layout))[:, None]
-    at_scales = gl.arange(0, SCALES, gl.SliceLayout(0, scales_layout))[None, :]
-    words_ptr += ((tile * WG + wg_words).to(gl.int64) * groups * 4 + first) * 512 + at_words
-    scales_ptr += ((tile * WG + wg_scales).to(gl.int64) * groups * 4 + first) * SCALES + at_scales
+    words_ptr, scales_ptr = at_chunk(
+        words_ptr, scales_ptr, tile, groups, first, WG, SCALES, words_layout, scales_layout
+    )  # fmt: skip
     words = ()
     scales = ()
     for i in gl.static_range(AHEAD):

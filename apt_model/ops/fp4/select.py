@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_model.core.errors import InputError
+from apt_model.ops import HAS_TRITON
 from apt_model.ops.fp4 import launch, naive, slab
 from apt_model.ops.fp4.format import Format, PackedWeight
 from apt_model.ops.fp4.layout import Shuffled, unshuffle
-from apt_model.ops.fp4.slab import HAS_TRITON, Operand
+from apt_model.ops.fp4.slab import Operand
 from apt_model.ops.fp4.tables import Decode
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "swiglu")

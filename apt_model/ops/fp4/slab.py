@@ -3,17 +3,15 @@
 The buffer stays in the GPU's cache between the two; it is all the memory that this takes beside operands and result.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from apt_model.ops import HAS_TRITON
 from apt_model.ops.fp4 import naive
 from apt_model.ops.fp4.compiled import Compiled, known, on_device
 from apt_model.ops.fp4.format import PackedWeight
 from apt_model.ops.fp4.layout import TILE_ROWS, Shuffled, take_turns, take_turns_back
 
-HAS_TRITON = find_spec("triton") is not None
 # Rows and columns of a slab are multiples of these: whole tiles and groups of the kernels' order.
 _ROWS = 256
 _COLUMNS = 256

@@ -1,14 +1,13 @@
 """The fused step as a function with a gradient, and the rule that says when it stands in for `naive.py`."""
 
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from apt_model.ops import HAS_TRITON
 from apt_model.ops.left_spin.naive import EPS
 
-_HAS_TRITON = find_spec("triton") is not None
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One program holds a whole row in registers.
 _WIDEST = 16384
@@ -35,7 +34,7 @@ def applies(u: Tensor, delta: Tensor, *others: Tensor | None, detach: bool) -> b
     """
     return (
         u.is_cuda
-        and _HAS_TRITON
+        and HAS_TRITON
         and not torch.compiler.is_compiling()
         and (detach or not torch.is_grad_enabled())
         and u.shape == delta.shape
