@@ -215,7 +215,8 @@ class PackedModule(nn.Module):
         if sharded and self._order(slot) is not None:
             raise InputError(
                 f"{type(self).__name__}: its weight is in the kernels' order and cannot be sharded",
-                remedy=f"read layer.{slot}_packed before fully_shard: that brings the order of files back",
+                remedy=f"build the model anew, as torch counts this one as sharded; call fully_shard before its first "
+                f"product, or read layer.{slot}_packed of each such layer before: that brings the order of files back",
             )
         if value.dtype != torch.int32:
             self.restore(slot)
