@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, known seeds, no network, and no policy left behind."""
+"""What holds for every test: one thread, known seeds, no network, no file of the user's, no policy left behind."""
 
 import os
 import random
@@ -31,6 +31,14 @@ def _no_network():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_measurements_of_the_user(tmp_path_factory):
+    """What was measured on this machine neither changes a test nor is changed by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APT_FP4_CACHE", str(tmp_path_factory.mktemp("measured")))
         yield
 
 

@@ -19,5 +19,8 @@ class Variable:
 
 DEVICE = Variable("APT_DEVICE", "cuda, cuda:N or cpu", "the device that 'auto' means, instead of the best one found")
 DEBUG = Variable("APT_DEBUG", "1", "the command line shows the traceback of an error instead of only its explanation")
+FP4_CACHE = Variable(
+    "APT_FP4_CACHE", "a folder", "where `tune` keeps what it measured, instead of ~/.cache/apt_model/fp4"
+)
 
-VARIABLES = (DEVICE, DEBUG)
+VARIABLES = (DEVICE, DEBUG, FP4_CACHE)

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "get_device": "apt_model.core.system",
         "get_device_manager": "apt_model.core.system",
         "quantize": "apt_model.optimization.convert",
+        "tune": "apt_model.optimization.tuning",
         "vb_global": "apt_model.optimization.vb_global",
     },
 )

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.nn.functional as F
 
-from apt_model.ops.fp4 import launch, naive
+from apt_model.ops.fp4 import launch, measured, naive
 from apt_model.ops.fp4.format import PackedWeight
 from apt_model.ops.fp4.layout import shuffle
 from apt_model.ops.fp4.tables import Decode, Tile
@@ -27,9 +27,6 @@ from benchmarks import record
 
 SHAPES = ["28672x8192", "8192x8192", "14336x4096", "4096x4096"]
 ROTATING_BYTES = 400_000_000
-PROCESSORS = 132
-MOST_SHARED = 200_000
-LARGEST_ERROR = 5e-3
 
 
 def random_packed(n, k, form):
@@ -43,43 +40,10 @@ def random_packed(n, k, form):
     return PackedWeight(codes, scale.view(torch.float8_e4m3fn), torch.full((1,), 48.0, device="cuda"), k)
 
 
-def decodes(n, k, m):
-    tiles, groups = -(-n // 64), -(-k // 256)
-    bm = 8 if m <= 8 else 16
-    pieces = sorted({-(-groups // split) for split in range(1, 17)})
-    for (wg, rep), per, ahead in itertools.product(((1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (8, 2)), pieces, (4, 8)):
-        split = -(-groups // per)
-        kept = 1 << (per - 1).bit_length()
-        warps = tiles * split * 4 // rep
-        if rep * ahead > 8:
-            continue
-        fits = bm * 512 * kept <= MOST_SHARED * 2 // 3 and (ahead == 4 or (per % 2 == 0 and groups % 2 == 0))
-        if fits and tiles % wg == 0 and PROCESSORS * 8 // rep <= warps <= PROCESSORS * 96 // rep:
-            yield Decode(wg, bm, kept, ahead, split, rep)
-
-
-def tiles_of(n, k, m):
-    tiles, chunks = -(-n // 64), -(-k // 64)
-    smallest = 128 if m > 64 else 64 if m > 32 else 16
-    for wg, bm, c, stages, split in itertools.product(
-        (1, 2, 4), (16, 32, 64, 128, 256), (1, 2, 4), (3, 4, 5), (1, 2, 3, 4, 6, 8)
-    ):
-        steps = chunks // c
-        per = -(-steps // split)
-        warps = -(-m // bm) * (tiles // wg) * split * wg * 4
-        shared = bm * 64 * c * 2 * stages
-        if tiles % wg or wg * bm > 512 or (wg, bm) == (1, 256) or shared > MOST_SHARED or not 64 <= c * bm <= 512:
-            continue
-        if -(-steps // per) != split or per < 4 or not smallest <= bm < 2 * max(m, 9) or (c == 1 and bm < 256):
-            continue
-        if warps < PROCESSORS * 4 or (split > 1 and warps > PROCESSORS * 24):
-            continue
-        yield Tile(wg, bm, c, stages, 2 if wg * bm >= 512 and wg > 2 else 4 if wg * bm > 256 else 5, split)
-
-
 def candidates(n, k, m, kinds):
-    found = list(decodes(n, k, m)) if "decode" in kinds and m <= 16 else []
-    return found + (list(tiles_of(n, k, m)) if "tile" in kinds and m > 1 else [])
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = measured.candidates(m, n, k, launch.is_hopper(device), launch.facts(device.index)[1])
+    return [each for each in found if type(each).__name__.lower() in kinds]
 
 
 def warm(jobs, form):
@@ -109,7 +73,7 @@ def seconds_of(setting, x, orders, expected):
     try:
         out = launch.run(x, orders[0], None, None, setting)
         error = float((out.float() - expected).norm() / expected.norm())
-        if not error < LARGEST_ERROR:
+        if not error < measured.LARGEST_ERROR:
             return f"wrong: {error}"
 
         def call():

@@ -46,7 +46,7 @@ def test_the_guide_has_the_same_table():
 
 
 def test_the_guide_names_no_other():
-    assert set(re.findall(r"\bAPT_[A-Z_]+", GUIDE.read_text(encoding="utf-8"))) == {each.name for each in VARIABLES}
+    assert set(re.findall(r"\bAPT_[A-Z0-9_]+", GUIDE.read_text(encoding="utf-8"))) == {each.name for each in VARIABLES}
 
 
 def test_only_one_file_reads_them():
@@ -61,7 +61,7 @@ def test_only_one_file_reads_them():
 
 def test_names_in_the_code_are_those_of_the_list():
     for path in PACKAGE.rglob("*.py"):
-        named = set(re.findall(r"\bAPT_[A-Z][A-Z_]*", path.read_text(encoding="utf-8"))) - {"APT_"}
+        named = set(re.findall(r"\bAPT_[A-Z][A-Z0-9_]*", path.read_text(encoding="utf-8"))) - {"APT_"}
         assert named <= {variable.name for variable in VARIABLES}, path
 
 

@@ -12,7 +12,7 @@ SURFACE = {
     "apt_model.integrations": ["AptFP4Config", "prepare_for_training"],
     "apt_model.optimization": [
         "FP4Config", "FusedFP4Embedding", "FusedFP4Linear",
-        "dequantize", "get_device", "get_device_manager", "quantize", "vb_global",
+        "dequantize", "get_device", "get_device_manager", "quantize", "tune", "vb_global",
     ],
     "apt_model.core.system": ["Device", "Presence", "get_device", "get_device_manager"],
 }  # fmt: skip
@@ -30,6 +30,7 @@ HOMES = {
     "apt_model.trainer.trainer": ["Trainer", "RunResult"],
     "apt_model.modeling.generation_config": ["GenerationConfig"],
     "apt_model.optimization.fp4_config": ["FP4Config", "QuantizeReport", "Skipped"],
+    "apt_model.optimization.tuning": ["TuneReport", "TunedShape"],
     "apt_model.layers.fp4_experts": ["FP4Experts", "pack_experts", "unpack_experts"],
 }
 

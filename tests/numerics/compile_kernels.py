@@ -72,7 +72,7 @@ def fp4_unpack_variants():
 
 def fp4_product_variants(capability):
     """What is launched on an NVIDIA GPU; x in shared memory and `tile_kernel` are for Hopper alone."""
-    launches = [Decode(1, 8, 0, 4, 1), Decode(2, 16, 0, 4, 4)]
+    launches = [Decode(1, 8, 0, 4, 1), Decode(2, 16, 0, 4, 4), Decode(1, 16, 0, 8, 8), Decode(4, 8, 0, 4, 2, 2)]
     if capability == 90:
         launches += [
             Decode(2, 8, 8, 4, 4),

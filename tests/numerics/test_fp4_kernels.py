@@ -239,6 +239,7 @@ def test_what_a_gpu_does_is_said():
 
 def settings():
     yield from (Decode(1, 8, 0, 4, 1), Decode(2, 8, 0, 4, 2), Decode(1, 16, 0, 4, 1))
+    yield from (Decode(1, 16, 0, 8, 2), Decode(4, 8, 0, 4, 2, 2))
     if HOPPER:
         yield from (
             Decode(1, 8, 16, 4, 1),

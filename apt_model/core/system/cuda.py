@@ -1,11 +1,16 @@
 """NVIDIA GPUs, and AMD GPUs through ROCm, which torch also calls CUDA. No other file says `torch.cuda`."""
 
+import statistics
 import warnings
+from collections.abc import Callable
 from typing import final
 
 import torch
 
 from apt_model.core.system.device import Device, Presence
+
+# Of a graph, to time it.
+_REPLAYS = 7
 
 
 @final
@@ -91,6 +96,35 @@ class CudaDevice(Device):
     def multiprocessors(self) -> int:
         """How many programs run side by side at least."""
         return int(torch.cuda.get_device_properties(self.index).multi_processor_count)
+
+    def cache_bytes(self) -> int:
+        """Bytes of the cache that all its programs share."""
+        return int(torch.cuda.get_device_properties(self.index).L2_cache_size)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Median time of `work` on the GPU alone, from replays of a CUDA graph that holds it: no launch from the host.
+
+        `work` has run before, so that nothing is left to compile.
+        """
+        with torch.cuda.device(self.index):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                work()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                work()
+            graph.replay()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            times = []
+            for _ in range(_REPLAYS):
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end) / 1e3)
+        return statistics.median(times)
 
     @staticmethod
     def is_capturing() -> bool:

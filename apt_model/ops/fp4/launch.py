@@ -16,15 +16,30 @@ from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
 MOST_ROWS = 6144
 CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "swiglu": 5}
 _BUCKETS = (8, 16, 32, 64, 128, 256, 1024)
-_FEW = 16  # rows of x up to which a product is bound by reading the weights
+FEW = 16  # rows of x up to which a product is bound by reading the weights
 _HOPPER = (9, 0)
 _AMPERE = (8, 0)
 
 
+class Choice(NamedTuple):
+    """A launch, or None where unpacking a slab is the way; and where that comes from."""
+
+    setting: Decode | Tile | None
+    why: str
+
+
+BY_RULE, SHIPPED, MEASURED = "by rule", "from the shipped table", "measured on this machine"
+
+
 def choose(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Decode | Tile | None:
     """The launch for `rows` rows of x in `dtype`, or None where unpacking a slab is the way."""
+    return choice(rows, weight, dtype).setting
+
+
+def choice(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Choice:
+    """`choose`, and why: what was measured on this machine comes before what is shipped."""
     if rows > MOST_ROWS:
-        return None
+        return Choice(None, BY_RULE)
     if isinstance(weight, Shuffled):
         return _choice(rows, weight.out_features, weight.in_features, weight.format, weight.words.device, dtype)
     return _choice(rows, *weight.shape, weight.format, weight.device, dtype)
@@ -33,34 +48,58 @@ def choose(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> De
 @functools.cache
 def _choice(  # noqa: PLR0917 - they are what it remembers by
     rows: int, out_rows: int, in_features: int, form: Format, device: torch.device, dtype: torch.dtype
-) -> Decode | Tile | None:
+) -> Choice:
+    from apt_model.ops.fp4 import measured  # noqa: PLC0415 - it launches, so it imports this file
+
     if not serves(form, device, dtype):
-        return None
-    capability, processors = _facts(device.index)
-    bucket = next(each for each in (*_BUCKETS, MOST_ROWS) if rows <= each)
-    return _setting(bucket, out_rows, in_features, capability == _HOPPER, processors)
+        return Choice(None, BY_RULE)
+    bucket = bucket_of(rows)
+    kept = measured.find(bucket, out_rows, in_features, form, device, dtype)
+    return shipped(bucket, out_rows, in_features, device) if kept is None else kept
+
+
+def forget() -> None:
+    """Choose anew from now on."""
+    _choice.cache_clear()
+
+
+def bucket_of(rows: int) -> int:
+    """The most rows for which the same launch is taken as for `rows`."""
+    return next(each for each in (*_BUCKETS, MOST_ROWS) if rows <= each)
+
+
+def shipped(bucket: int, out_rows: int, in_features: int, device: torch.device) -> Choice:
+    """What this package knows of itself: the table, and rules for what is not in it."""
+    hopper, processors = is_hopper(device), facts(device.index)[1]
+    known = HOPPER.get((out_rows, in_features, bucket if bucket < MOST_ROWS else 1024)) if hopper else None
+    if known is not None:
+        return Choice(known, SHIPPED)
+    return Choice(_rule(bucket, out_rows, in_features, hopper, processors), BY_RULE)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether wgmma, and what reads x from shared memory, run on `device`."""
+    return facts(device.index)[0] == _HOPPER
 
 
 def serves(form: Format, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether some launch on `device` takes weights of this format for x in `dtype`."""
     half = dtype == torch.bfloat16 or (dtype == torch.float16 and form is NVFP4)
-    return half and _facts(device.index)[0] >= _AMPERE
+    return half and facts(device.index)[0] >= _AMPERE
 
 
 @functools.cache
-def _facts(index: int | None) -> tuple[tuple[int, int], int]:
+def facts(index: int | None) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors."""
     device = CudaDevice(index)
     return device.compute_capability(), device.multiprocessors()
 
 
-def _setting(x_rows: int, out_rows: int, in_features: int, hopper: bool, processors: int) -> Decode | Tile | None:
+def _rule(x_rows: int, out_rows: int, in_features: int, hopper: bool, processors: int) -> Decode | Tile | None:
     if not hopper:
         # wgmma and what reads x from shared memory are Hopper's own; the rest runs wherever mma.sync does.
-        return _decode(x_rows, out_rows, in_features, processors, keep=False) if x_rows <= _FEW else None
-    known = HOPPER.get((out_rows, in_features, x_rows if x_rows < MOST_ROWS else 1024))
-    if known is not None:
-        return known
-    if x_rows <= _FEW:
+        return _decode(x_rows, out_rows, in_features, processors, keep=False) if x_rows <= FEW else None
+    if x_rows <= FEW:
         return _decode(x_rows, out_rows, in_features, processors, keep=in_features % 64 == 0)
     tiles, chunks = -(-out_rows // 64), -(-in_features // 64)
     bm = 32 if x_rows <= 32 else 64 if x_rows <= 64 else 128 if x_rows <= 128 else 256
@@ -161,7 +200,7 @@ class _Product(Compiled):
         from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
         from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
 
-        early = _facts(index)[0] >= _HOPPER
+        early = facts(index)[0] >= _HOPPER
         options: dict[str, Any] = {"num_warps": 4 * setting.wg, "launch_pdl": early}
         if isinstance(setting, Tile):
             function: Any = tile_kernel

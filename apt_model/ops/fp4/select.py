@@ -53,13 +53,13 @@ def explain(rows: int, weight: Operand, dtype: torch.dtype, activation: str | No
     if not (weight.device.type == "cuda" and HAS_TRITON and dtype in slab.TYPES):
         why = f"there is no kernel for {dtype} on {weight.device.type}" + ("" if HAS_TRITON else " without Triton")
         return f"{shape}: the definition in torch, since {why}"
-    setting = launch.choose(rows, weight, dtype)
+    setting, why = launch.choice(rows, weight, dtype)
     if setting is None:
-        return f"{shape}: slabs of the weight unpacked to {dtype} for torch's own product"
+        return f"{shape}: slabs of the weight unpacked to {dtype} for torch's own product, {why}"
     if not _fits(weight, dtype, activation):
         return f"{shape}: slabs unpacked, since this weight is not in the kernels' order for {dtype}"
     kind = "decode (weights to registers)" if isinstance(setting, Decode) else "tile (x through shared memory)"
-    return f"{shape}: fused kernel {kind}, {setting}" + (f", with {activation}" if activation else "")
+    return f"{shape}: fused kernel {kind}, {setting} {why}" + (f", with {activation}" if activation else "")
 
 
 def _fits(weight: Operand, dtype: torch.dtype, activation: str | None) -> bool:
@@ -68,7 +68,7 @@ def _fits(weight: Operand, dtype: torch.dtype, activation: str | None) -> bool:
 
 def _forward(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
     if not slab.usable(x, x.dtype) or x.numel() == 0:
-        return _definition(x, weight, bias, activation)
+        return definition(x, weight, bias, activation)
     flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
     setting = launch.choose(flat.shape[0], weight, x.dtype) if _fits(weight, x.dtype, activation) else None
     if setting is None:
@@ -79,7 +79,7 @@ def _forward(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | 
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _definition(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
+def definition(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
     """The definition, a slab of rows at a time."""
     weight = _packed(weight)
     if activation == "swiglu" or weight.packed.shape[0] * weight.in_features <= naive.SLAB_WEIGHTS:
