@@ -52,10 +52,10 @@ def tune(model: nn.Module, rows: Sequence[int] = (1, 16, 64, 256)) -> TuneReport
     Args:
         model: with its layers on a GPU.
         rows: numbers of rows of input (batch times positions) to measure, each for all up to the next bucket's end:
-            8, 16, 32, 64, 128, 256, 1024, 1536.
+            8, 16, 32, 64, 128, 256, 1024, 6144.
 
     Raises:
-        ConfigError: a number of rows is not from 1 to 1536, above which there is nothing to choose.
+        ConfigError: a number of rows is not from 1 to 6144, above which there is nothing to choose.
         InputError: the model has no such layer, or none where a fused kernel takes its weight.
     """
     measured.check_rows(rows, "tune")
