@@ -3,8 +3,10 @@
     python benchmarks/fp4/parts.py [--out FOLDER]
 
 The kernels' sources are changed and compiled anew: without the decoding of the codes, without x (nothing is brought or
-waited for), and with the weights from the first-level cache (each program reads its first chunks again and again). The
-results of such a kernel are wrong; what it no longer takes is what the part costs where nothing else hides it.
+waited for), with the weights from the first-level cache (each program reads its first chunk again and again), with
+both of the first and the third, without the exchange of sums between programs, and without the early start beside the
+launch before. The results of such a kernel are wrong; what it no longer takes is what the part costs where nothing else
+hides it.
 """
 
 import argparse
@@ -52,10 +54,23 @@ CHANGES = {
         ],
     },
     "weights from the cache": {
-        "decode": [("        words_ptr += AHEAD * 512\n", ""), ("        scales_ptr += AHEAD * SCALES\n", "")],
-        "tile": [(" + (step - first) * 512, scales_ptr + (step - first) * SCALES", ", scales_ptr")],
+        "decode": [
+            ("load_chunk(words_ptr, scales_ptr, AHEAD + c, SCALES)", "load_chunk(words_ptr, scales_ptr, 0, SCALES)"),
+            ("load_chunk(words_ptr, scales_ptr, i, SCALES)", "load_chunk(words_ptr, scales_ptr, 0, SCALES)"),
+            ("        words_ptr += AHEAD * 512\n", ""), ("        scales_ptr += AHEAD * SCALES\n", ""),
+        ],
+        "tile": [
+            ("load_chunk_if(words_ptr, scales_ptr, i,", "load_chunk_if(words_ptr, scales_ptr, 0,"),
+            ("load_chunk_if(words_at, scales_at, AHEAD + c,", "load_chunk_if(words_ptr, scales_ptr, 0,"),
+        ],
     },
+    "no exchange of sums": {"decode": [("    if SPLIT == 1:\n", "    if SPLIT >= 1:\n")]},
+    "no early start": {"decode": [("    if PDL:\n", "    if False:\n")], "tile": [("    if PDL:\n", "    if False:\n")]},
 }  # fmt: skip
+CHANGES["no decoding, weights from the cache"] = {
+    kind: [*CHANGES["no decoding"].get(kind, ()), *CHANGES["weights from the cache"][kind]]
+    for kind in ("decode", "tile")
+}
 
 
 def variant(changes, folder, number):

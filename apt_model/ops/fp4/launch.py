@@ -185,7 +185,8 @@ def _plan(key: tuple[Any, ...], weight: Shuffled, *, has_bias: bool) -> _Plan:
     sums = spots * setting.split * setting.wg * 64 * setting.bm if setting.split > 1 else 0
     # The same kernel serves other numbers of rows.
     product = known((setting, *key[2:]), lambda: _Product(setting, weight, has_bias, activation, index))
-    return _Plan(product, grid, numbers, shape, strides, (m, width), sums, spots if spots > tiles * COUNTERS else 0)
+    counters = spots if sums and spots > tiles * COUNTERS else 0
+    return _Plan(product, grid, numbers, shape, strides, (m, width), sums, counters)
 
 
 class _Product(Compiled):
