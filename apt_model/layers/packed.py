@@ -5,6 +5,7 @@ GPU its first product brings the first two into the kernels' order, in which the
 them as attributes, moving the module and setting them bring the order of files back, and a state dict always has that.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from apt_model.ops.fp4.format import row_blocks, row_bytes
 # What a packed weight can stand for.
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PARTS = ("packed", "scale", "global_scale")
+# Held while parameters change their order: two dictionaries change, which a second thread must not see between.
+_MOVING = threading.RLock()
 
 
 class Slot(NamedTuple):
@@ -94,6 +97,8 @@ class PackedModule(nn.Module):
         packed, scale, divisor = held[f"{name}_packed"], held[f"{name}_scale"], held[f"{name}_global_scale"]
         assert packed is not None
         assert scale is not None
+        if torch.int32 in (packed.dtype, scale.dtype):
+            return self._packed_meanwhile(name)
         form = FORMATS[self.format]
         if divisor is not None and divisor.dtype == torch.float16:
             raise InputError(
@@ -103,6 +108,18 @@ class PackedModule(nn.Module):
         if scale.dtype != form.scale_dtype or (divisor is not None and divisor.dtype != torch.float32):
             scale, divisor = scale.to(form.scale_dtype), None if divisor is None else divisor.to(torch.float32)
         return PackedWeight(packed, scale, divisor, self.slots[name].shape[-1])
+
+    def _packed_meanwhile(self, name: str) -> PackedWeight:
+        """`packed_weight` where another thread has been moving the parameters."""
+        with _MOVING:
+            words = self._parameters[f"{name}_packed"]
+            if self._order(name) is None and words is not None and words.dtype == torch.int32:
+                raise InputError(
+                    f"{name}_packed: expected codes as files have them, got int32 in an order of which the layer has "
+                    "no record",
+                    remedy="assign state dicts and the parameters of files to a layer, not another layer's parameters",
+                )
+            return self.packed_weight(name)
 
     def operand(self, name: str, dtype: torch.dtype, *, gated: bool = False) -> Operand:
         """`name` as a product with inputs in `dtype` takes it: in the kernels' order where there are kernels."""
@@ -117,10 +134,11 @@ class PackedModule(nn.Module):
 
     def restore(self, name: str) -> None:
         """Bring the parameters of `name` back from the kernels' order to that of files."""
-        if self._order(name) is not None:
-            weight = self.packed_weight(name)
-            del self.orders[name]
-            self._replace(name, weight.packed, weight.scale)
+        with _MOVING, torch.inference_mode(mode=False):
+            if self._order(name) is not None:
+                weight = self.packed_weight(name)
+                del self.orders[name]
+                self._replace(name, weight.packed, weight.scale)
 
     def _order(self, name: str) -> Shuffled | None:
         """The order that the parameters of `name` are in, unless it is that of files."""
@@ -148,11 +166,16 @@ class PackedModule(nn.Module):
         """Bring `name` into the order of products with inputs in `dtype`, if there is one and it can stay there."""
         if not self._may_reorder(name, dtype):
             return
-        order = fp4.shuffle_if_reversible(self.packed_weight(name), dtype, gated=gated)
-        if order is None:
-            self.fixed = self.fixed | {name}
-            return
-        self._replace(name, order.words, order.scales)
+        with _MOVING, torch.inference_mode(mode=False):  # what stays has to serve a later backward too
+            found = self._order(name)
+            if found is not None and found.dtype == dtype and found.gated == gated:
+                return
+            order = fp4.shuffle_if_reversible(self.packed_weight(name), dtype, gated=gated)
+            if order is None:
+                self.fixed = self.fixed | {name}
+                return
+            self.orders.pop(name, None)  # first: who reads now waits
+            self._replace(name, order.words, order.scales)
         held: Mapping[str, Any] = self._parameters
         self.orders[name] = order._replace(
             words=held[f"{name}_packed"], scales=held[f"{name}_scale"], global_scale=held[f"{name}_global_scale"]
@@ -170,11 +193,12 @@ class PackedModule(nn.Module):
         return not any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
     def _replace(self, name: str, packed: Tensor, scale: Tensor) -> None:
+        made = {}
         for part, tensor in (("packed", packed), ("scale", scale)):
             key = f"{name}_{part}"
-            made = nn.Parameter(tensor, requires_grad=False)
-            made.__dict__.update(vars(self._parameters[key]))  # marks of others
-            self._parameters[key] = made
+            made[key] = nn.Parameter(tensor, requires_grad=False)
+            made[key].__dict__.update(vars(self._parameters[key]))  # marks of others
+        self._parameters.update(made)  # both at once
 
     def weight_view(self, name: str, *, reordered: bool = False) -> Tensor:
         """`name` as its readers know it: a read-only view; a plain tensor while torch.compile traces.

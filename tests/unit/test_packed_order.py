@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -179,6 +180,47 @@ def test_gradients_pass_and_are_those_of_the_files_order():
     nn.functional.linear(x, layer.dequantize(), layer.bias).sum().backward()
     assert torch.allclose(got.float(), x.grad.float(), rtol=2e-2, atol=2e-2)
     assert torch.equal(got_bias, layer.bias.grad)
+
+
+def test_what_inference_mode_brought_into_order_trains_afterwards():
+    layer = layer_of()
+    with torch.inference_mode():
+        layer(x_of())
+        assert layer.orders
+    x = x_of().requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.isfinite().all()
+    with torch.inference_mode():
+        assert layer.weight_packed.dtype == torch.uint8
+    layer(x).sum().backward()
+
+
+def test_another_layer_s_parameters_in_order_are_refused():
+    layer, _ = in_use()
+    other = layer_of()
+    other._parameters["weight_packed"] = layer._parameters["weight_packed"]
+    with pytest.raises(InputError, match="no record"):
+        other(x_of())
+
+
+def test_threads_that_use_and_restore_a_layer_at_once_see_one_order_or_the_other():
+    layer, before = in_use()
+    expected, faults = layer(x_of()), []
+
+    def use(restores):
+        for _ in range(30):
+            if restores:
+                layer.restore("weight")
+            elif not torch.equal(layer(x_of()), expected):
+                faults.append("other numbers")
+
+    threads = [threading.Thread(target=use, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert same(layer.state_dict(), before)
 
 
 def test_the_view_multiplies_and_gives_numbers():
