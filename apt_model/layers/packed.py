@@ -7,7 +7,7 @@ them as attributes, moving the module and setting them bring the order of files 
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ class PackedModule(nn.Module):
         if not traced and (order is None or order.dtype != dtype or order.gated != gated):
             self._reorder(name, dtype, gated)
             order = self._order(name)
-        return self.packed_weight(name) if order is None else order
+        return order or self.packed_weight(name)
 
     def restore(self, name: str) -> None:
         """Bring the parameters of `name` back from the kernels' order to that of files."""
@@ -142,17 +142,22 @@ class PackedModule(nn.Module):
 
     def _order(self, name: str) -> Shuffled | None:
         """The order that the parameters of `name` are in, unless it is that of files."""
-        order = self.orders.get(name)
-        if order is None:
-            return None
-        held: Mapping[str, Any] = self._parameters
-        words, scales = held[f"{name}_packed"], held[f"{name}_scale"]
-        if order.words is words and order.scales is scales:
+        order, held = self.orders.get(name), self._parameters
+        if order is None or (order.words is held[f"{name}_packed"] and order.scales is held[f"{name}_scale"]):
             return order
-        if words is None or words.dtype != torch.int32:  # someone put other parameters there
-            del self.orders[name]
-            return None
-        return order._replace(words=words, scales=scales, global_scale=held[f"{name}_global_scale"])
+        with _MOVING:
+            return self._order_of_others(name)
+
+    def _order_of_others(self, name: str) -> Shuffled | None:
+        """`_order` where someone put other parameters in place: in the same order, or in that of files."""
+        order, held = self.orders.get(name), cast("Mapping[str, Any]", self._parameters)
+        words = held[f"{name}_packed"]
+        if order is not None and words is not None and words.dtype == torch.int32:
+            return order._replace(
+                words=words, scales=held[f"{name}_scale"], global_scale=held[f"{name}_global_scale"]
+            )  # fmt: skip
+        self.orders.pop(name, None)
+        return None
 
     def _reorder_traced(self, name: str, dtype: torch.dtype, gated: bool) -> None:
         """`_reorder` for torch.compile, which calls this and does not look into it; once in order, no more."""
@@ -176,10 +181,10 @@ class PackedModule(nn.Module):
                 return
             self.orders.pop(name, None)  # first: who reads now waits
             self._replace(name, order.words, order.scales)
-        held: Mapping[str, Any] = self._parameters
-        self.orders[name] = order._replace(
-            words=held[f"{name}_packed"], scales=held[f"{name}_scale"], global_scale=held[f"{name}_global_scale"]
-        )
+            held: Mapping[str, Any] = self._parameters
+            self.orders[name] = order._replace(
+                words=held[f"{name}_packed"], scales=held[f"{name}_scale"], global_scale=held[f"{name}_global_scale"]
+            )
 
     def _may_reorder(self, name: str, dtype: torch.dtype) -> bool:
         packed: Any = self._parameters[f"{name}_packed"]
@@ -206,7 +211,7 @@ class PackedModule(nn.Module):
         With `reordered` products with the view are the fused ones: the weight is brought into their order first.
         """
         slot = self.slots[name]
-        weight = (self.operand(name, self.dtype) if reordered else self._order(name)) or self.packed_weight(name)
+        weight = self.operand(name, self.dtype) if reordered else self._order(name) or self.packed_weight(name)
         if not torch.compiler.is_compiling():
             return PackedView(weight, self.dtype, swapped=slot.swapped)
         values = dequantize_in_slabs(weight, self.dtype)

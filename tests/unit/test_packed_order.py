@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import threading
+import time
 
 import pytest
 import torch
@@ -221,6 +222,25 @@ def test_threads_that_use_and_restore_a_layer_at_once_see_one_order_or_the_other
         thread.join()
     assert not faults
     assert same(layer.state_dict(), before)
+
+
+def test_who_reads_while_a_weight_is_brought_into_order_waits_for_it():
+    moved = threading.Event()
+
+    class Slow(dict):
+        def __setitem__(self, name, order):
+            moved.set()
+            time.sleep(0.2)  # the parameters have moved, and there is no record of it yet
+            super().__setitem__(name, order)
+
+    layer, expected = layer_of(), layer_of()(x_of())
+    layer.orders = Slow()
+    thread = threading.Thread(target=lambda: layer(x_of()))
+    thread.start()
+    assert moved.wait(10)
+    result = layer(x_of())
+    thread.join()
+    assert torch.equal(result, expected)
 
 
 def test_the_view_multiplies_and_gives_numbers():
