@@ -6,6 +6,7 @@ that no weight passes through shared memory. For NVIDIA GPUs from compute capabi
 
 # mypy: ignore-errors
 # (Triton's language is not Python to a type checker.)
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -13,43 +14,37 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from apt_model.ops.fp4.kernel_names import barrier, reinterpret, tma_load
+from apt_model.ops.fp4.layout import COPIES, PAIRS, PLACES
 
 # What ACTIVATION says.
 RELU, GELU, GELU_TANH, SILU, SWIGLU = (gl.constexpr(code) for code in range(1, 6))
 
-# One word, eight codes, to four pairs of bf16: four shifted copies, and of one or two of them the bits of bf16's sign,
-# low exponent and high mantissa (`layout.py` solves for the word). They are the value times 2^-126. Then times the
-# scale, whose bits are s * 2^119; the product s * w * 2^-7 is exact. A multiplication alone needs compute capability 9.
-DECODE_BF16 = gl.constexpr("""
-{
-.reg .b32 p, q, r, v, a, b, c, d, z, u, l;
-.reg .b16 s, t;
-mov.b32 z, 0x80008000;
-mov.b32 {s, t}, $9;
-mov.b32 u, {s, s};
-mov.b32 l, {t, t};
-shl.b32 p, $8, 2;
-shl.b32 q, $8, 6;
-shr.u32 r, $8, 6;
-shf.l.wrap.b32 v, $8, $8, 12;
-and.b32 a, $8, 0x81C081C0;
-lop3.b32 b, $8, q, 0x81C081C0, 0x28;
-lop3.b32 c, $8, v, 0x81C081C0, 0x28;
-lop3.b32 d, p, r, 0x81C081C0, 0x28;
-fma.rn.bf16x2 a, a, u, z;
-fma.rn.bf16x2 b, b, l, z;
-fma.rn.bf16x2 c, c, u, z;
-fma.rn.bf16x2 d, d, l, z;
-mov.b32 {$0, $1}, a;
-mov.b32 {$2, $3}, b;
-mov.b32 {$4, $5}, c;
-mov.b32 {$6, $7}, d;
-}
-""")
 
-# The same for fp16, from words made for it: E2M1's bits in its places are the value times 2^-14, the scale's are
-# s * 2^7, and the product's factor is 2^-7 again.
-DECODE_FP16 = gl.constexpr("""
+def decoding(dtype):
+    """PTX that makes of one word, eight codes, four pairs of `dtype`, as `layout.py` has solved the word for.
+
+    The bits that are picked are the value times 2^-126 (fp16: 2^-14). Then times the scale, whose bits are s * 2^119
+    (2^7); the product s * w * 2^-7 is exact. A multiplication alone needs compute capability 9.
+    """
+    names, half = ("$8", "p", "q", "r", "v"), "bf16x2" if dtype == torch.bfloat16 else "f16x2"
+    mask = f"0x{sum(1 << place for place in PLACES[dtype]) * 0x10001:08X}"
+    lines = []
+    for name, (shift, *turned) in zip(names[1:], COPIES[dtype][1:], strict=True):
+        kind = (
+            "shf.l.wrap.b32 {}, $8, $8, {};"
+            if turned
+            else "shl.b32 {}, $8, {};"
+            if shift > 0
+            else "shr.u32 {}, $8, {};"
+        )
+        lines.append(kind.format(name, abs(shift)))
+    for name, copies in zip("abcd", PAIRS[dtype], strict=True):
+        one, *other = (names[copy] for copy in copies)
+        lines.append(
+            f"lop3.b32 {name}, {one}, {other[0]}, {mask}, 0x28;" if other else f"and.b32 {name}, {one}, {mask};"
+        )
+    lines += [f"fma.rn.{half} {name}, {name}, {scale}, z;" for name, scale in zip("abcd", "ulul", strict=True)]
+    return """
 {
 .reg .b32 p, q, r, v, a, b, c, d, z, u, l;
 .reg .b16 s, t;
@@ -57,24 +52,17 @@ mov.b32 z, 0x80008000;
 mov.b32 {s, t}, $9;
 mov.b32 u, {s, s};
 mov.b32 l, {t, t};
-shl.b32 p, $8, 2;
-shl.b32 q, $8, 6;
-shl.b32 r, $8, 9;
-shr.u32 v, $8, 3;
-lop3.b32 a, $8, p, 0x8E008E00, 0x28;
-lop3.b32 b, $8, q, 0x8E008E00, 0x28;
-lop3.b32 c, $8, r, 0x8E008E00, 0x28;
-lop3.b32 d, $8, v, 0x8E008E00, 0x28;
-fma.rn.f16x2 a, a, u, z;
-fma.rn.f16x2 b, b, l, z;
-fma.rn.f16x2 c, c, u, z;
-fma.rn.f16x2 d, d, l, z;
+LINES
 mov.b32 {$0, $1}, a;
 mov.b32 {$2, $3}, b;
 mov.b32 {$4, $5}, c;
 mov.b32 {$6, $7}, d;
 }
-""")
+""".replace("LINES", "\n".join(lines))
+
+
+DECODE_BF16 = gl.constexpr(decoding(torch.bfloat16))
+DECODE_FP16 = gl.constexpr(decoding(torch.float16))
 
 # A word of scales is two words of one product or block each: the byte of row g in bits 4 to 11, that of g + 8 in bits
 # 20 to 27. The first has them there; the second's lie around them, and turning the word by a byte brings them there.

@@ -23,17 +23,17 @@ COUNTERS = 16
 GROUP_INPUTS = 256
 # Rows that are brought into order at once: what is needed beside the weight is some 20 bytes a weight of these.
 _SLAB_ROWS = 1024
-# How the kernels take a word's four pairs apart (`kernel_decode.py`): shifted copies of the word, and for each pair
-# (h, r) those of one or two copies, by exclusive or, that stand at the places of sign, exponent and mantissa. No order
-# of 32 bits lets each be read off a copy of its own by four shifts; sums of two do, and take 8 operations and not 11.
-# Found by trying all; the words are solved for.
-_COPIES = {
+# How the kernels take a word's four pairs apart (`kernel_decode.py` writes it in PTX): shifted copies of the word, and
+# for each pair (h, r) those of one or two copies, by exclusive or, that stand at the places of sign, exponent and
+# mantissa. No order of 32 bits lets each be read off a copy of its own by four shifts; sums of two do, and take 8
+# operations and not 11. Found by trying all; the words are solved for.
+COPIES = {
     torch.bfloat16: ((0,), (2,), (6,), (-6,), (12, -20)),  # to the left; both of the last together turn the word
     torch.float16: ((0,), (2,), (6,), (9,), (-3,)),
 }
-_PAIRS = {torch.bfloat16: ((0,), (0, 2), (0, 4), (1, 3)), torch.float16: ((0, 1), (0, 2), (0, 3), (0, 4))}
+PAIRS = {torch.bfloat16: ((0,), (0, 2), (0, 4), (1, 3)), torch.float16: ((0, 1), (0, 2), (0, 3), (0, 4))}
 # Places of a code's bits, the lowest first.
-_PLACES = {torch.bfloat16: (6, 7, 8, 15), torch.float16: (9, 10, 11, 15)}
+PLACES = {torch.bfloat16: (6, 7, 8, 15), torch.float16: (9, 10, 11, 15)}
 # Scales are kept times this, so that E4M3's subnormal values become normal: 5 bits of exponent and 3 of mantissa.
 _SCALE_FACTOR = 2.0**7
 # The largest byte whose exponent, moved by this, still fits bf16's 8 bits.
@@ -200,8 +200,8 @@ def _codes(words: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sources(dtype: torch.dtype, at: int, bit: int) -> list[int]:
     """Bits of a word whose sum is bit `bit` of code (h, r, i) = `at`."""
-    place = _PLACES[dtype][bit] + at % 2 * 16
-    shifts = [shift for copy in _PAIRS[dtype][at // 2] for shift in _COPIES[dtype][copy]]
+    place = PLACES[dtype][bit] + at % 2 * 16
+    shifts = [shift for copy in PAIRS[dtype][at // 2] for shift in COPIES[dtype][copy]]
     return [place - shift for shift in shifts if 0 <= place - shift < 32]
 
 

@@ -50,7 +50,7 @@ def wants_order(form: Format, device: torch.device, dtype: torch.dtype) -> bool:
 def explain(rows: int, weight: Operand, dtype: torch.dtype, activation: str | None = None) -> str:
     """One line: what computes `rows` rows of x in `dtype` with this weight, where the weight is, and why."""
     shape = f"{rows} x {weight.in_features} by {weight.shape[0]} x {weight.in_features} in {weight.format.name}"
-    if not (weight.device.type == "cuda" and HAS_TRITON and dtype in slab.TYPES):
+    if not slab.usable(weight.device, dtype):
         why = f"there is no kernel for {dtype} on {weight.device.type}" + ("" if HAS_TRITON else " without Triton")
         return f"{shape}: the definition in torch, since {why}"
     setting, why = launch.choice(rows, weight, dtype)
@@ -67,7 +67,7 @@ def _fits(weight: Operand, dtype: torch.dtype, activation: str | None) -> bool:
 
 
 def _forward(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
-    if not slab.usable(x, x.dtype) or x.numel() == 0:
+    if not slab.usable(x.device, x.dtype) or x.numel() == 0:
         return definition(x, weight, bias, activation)
     flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
     setting = launch.choose(flat.shape[0], weight, x.dtype) if _fits(weight, x.dtype, activation) else None
@@ -97,7 +97,7 @@ def _packed(weight: Operand) -> PackedWeight:
 
 def _input_gradient(upstream: Tensor, weight: Operand) -> Tensor:
     """dL/dx = upstream W, [..., K] in the type of `upstream`, a slab of rows at a time."""
-    if slab.usable(upstream, upstream.dtype) and upstream.numel():
+    if slab.usable(upstream.device, upstream.dtype) and upstream.numel():
         return slab.input_gradient(upstream.flatten(0, -2), weight).view(*upstream.shape[:-1], weight.in_features)
     weight = _packed(weight)
     wide = torch.promote_types(upstream.dtype, torch.float32)

@@ -19,18 +19,18 @@ _COLUMNS = 256
 SLAB_BYTES = 32 * 2**20
 # A weight as kernels take it.
 Operand = PackedWeight | Shuffled
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def usable(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether kernels serve products where `x` is, in `dtype`."""
-    return x.is_cuda and HAS_TRITON and dtype in TYPES
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels serve products on `device` in `dtype`."""
+    return device.type == "cuda" and HAS_TRITON and dtype in _TYPES
 
 
 def unpacks(weight: Operand, dtype: torch.dtype) -> bool:
     """Whether `unpack` gives the whole weight [N, K] in `dtype`, rows where they belong."""
     in_place = isinstance(weight, PackedWeight) or not weight.gated
-    return in_place and weight.device.type == "cuda" and HAS_TRITON and dtype in TYPES and weight.shape.numel() > 0
+    return in_place and usable(weight.device, dtype) and weight.shape.numel() > 0
 
 
 def linear(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
