@@ -78,28 +78,34 @@ def fp4_product_variants(capability):
             Decode(2, 8, 8, 4, 4),
             Decode(4, 16, 8, 4, 2, 2),
             Decode(1, 16, 4, 8, 8),
-            Tile(1, 64, 4, 3, 5, 2),
-            Tile(2, 256, 2, 3, 4, 1),
+            Tile(1, 8, 8, 3, 2),
+            Tile(2, 256, 2, 3, 1),
         ]
     kinds = [("bf16", 16, None), ("fp16", 16, "swiglu"), ("bf16", 32, "gelu")]
     for setting, (dtype, block, activation) in itertools.product(launches, kinds):
         tile = isinstance(setting, Tile)
-        x = f"*{dtype}"
+        x, words, scales = f"*{dtype}", "*i32", "*i32"
         if tile:
             x = f"tensordesc<{dtype}[{setting.bm}, {64 * setting.c}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+            plain = gl.NVMMASharedLayout(0, 32, 3)
+            words = f"tensordesc<i32[{setting.wg}, {setting.c * 2}, 256],{plain!r}>"
+            scales = f"tensordesc<i32[{setting.wg}, {setting.c}, {1024 // block}],{plain!r}>"
         elif setting.kept:
             x = f"tensordesc<{dtype}[{setting.kept * 4}, {setting.bm}, 64],{gl.NVMMASharedLayout(128, 16, 3)!r}>"
         signature = {
-            "x_desc" if tile else "x": x, "words_ptr": "*i32", "scales_ptr": "*i32", "alpha_ptr": "*fp32",
+            "x_desc" if tile else "x": x, "words_desc" if tile else "words_ptr": words,
+            "scales_desc" if tile else "scales_ptr": scales, "alpha_ptr": "*fp32",
             "bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "partial_ptr": "*fp32", "counter_ptr": "*i32",
-            **dict.fromkeys(("M", "N", "groups", "chunks", "steps_per_split"), "i32"),
+            **dict.fromkeys(("M", "N"), "i32"),
         }  # fmt: skip
-        if not tile:
-            del signature["chunks"], signature["steps_per_split"], signature["groups"]
-            signature |= dict.fromkeys(("K", "stride_x", "groups", "groups_per_split"), "i32")
-        own = {"C": setting.c, "STAGES": setting.stages} if tile else {"KEPT": setting.kept, "REP": setting.rep}
+        ints = ("chunks", "steps_per_split") if tile else ("K", "stride_x", "groups", "groups_per_split")
+        signature |= dict.fromkeys(ints, "i32")
+        if tile:
+            own = {"C": setting.c, "STAGES": setting.stages}
+        else:
+            own = {"KEPT": setting.kept, "REP": setting.rep, "AHEAD": setting.ahead}
         constants = {
-            "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "AHEAD": setting.ahead, "BLOCK": block,
+            "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "BLOCK": block,
             "FP16": dtype == "fp16", "HAS_BIAS": True, "ACTIVATION": launch.CODES[activation], "PDL": capability >= 90,
             **own,
         }  # fmt: skip
@@ -107,7 +113,7 @@ def fp4_product_variants(capability):
             tile_kernel if tile else decode_kernel,
             signature,
             constants,
-            {"num_warps": 4 * setting.wg // constants.get("REP", 1)},
+            {"num_warps": setting.warps},
         )
 
 

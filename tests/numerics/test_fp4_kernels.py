@@ -227,7 +227,7 @@ def test_what_a_cpu_does_is_said():
 def test_what_a_gpu_does_is_said():
     weight = packed(128, 256)
     ready = shuffle(weight, torch.bfloat16)
-    assert "fused kernel decode" in select.explain(1, ready, torch.bfloat16)
+    assert f"fused kernel {'tile' if HOPPER else 'decode'}" in select.explain(1, ready, torch.bfloat16)
     assert "slabs of the weight unpacked to torch.float32" in select.explain(1, ready, torch.float32)
     assert "slabs of the weight" in select.explain(10_000, ready, torch.bfloat16)
     assert "not in the kernels' order for torch.bfloat16" in select.explain(1, weight, torch.bfloat16)
@@ -246,14 +246,14 @@ def settings():
             Decode(2, 16, 2, 8, 8),
             Decode(4, 16, 4, 4, 4, 2),
             Decode(2, 8, 8, 4, 3, 2),
-            Tile(1, 16, 4, 3, 5, 1),
-            Tile(1, 64, 2, 4, 5, 2),
-        )
-        yield from (
-            Tile(2, 128, 4, 3, 5, 1),
-            Tile(2, 256, 2, 3, 4, 1),
-            Tile(4, 64, 2, 3, 5, 3),
-            Tile(2, 128, 1, 4, 4, 1),
+            Tile(1, 8, 8, 3, 1),
+            Tile(1, 16, 4, 4, 3),
+            Tile(2, 32, 8, 2, 2),
+            Tile(1, 64, 2, 4, 2),
+            Tile(4, 64, 4, 2, 1),
+            Tile(2, 128, 4, 2, 1),
+            Tile(1, 128, 4, 3, 2),
+            Tile(2, 256, 2, 3, 1),
         )
 
 
@@ -373,6 +373,7 @@ def test_many_rows_take_one_slab_of_memory(ready):
     assert torch.cuda.max_memory_allocated() - before <= out.nbytes + slab.SLAB_BYTES + 2**20
 
 
+@pytest.mark.parametrize("whole", [8, 64])
 @pytest.mark.parametrize(
     "x",
     [
@@ -381,12 +382,13 @@ def test_many_rows_take_one_slab_of_memory(ready):
         torch.ones(3, 100)[:, 3:67],
         torch.ones(3, 65)[:, :64],
         torch.ones(3, 33),
+        torch.ones(3, 40),
     ],
-    ids=["repeated", "crossed", "shifted", "odd pitch", "narrow"],
+    ids=["repeated", "crossed", "shifted", "odd pitch", "narrow", "no whole chunk"],
 )
-def test_x_comes_as_a_descriptor_takes_it(x):
-    aligned = launch._aligned(x.bfloat16() if x.is_contiguous() else x)
-    assert aligned.shape[1] % 64 == 0
+def test_x_comes_as_a_descriptor_takes_it(x, whole):
+    aligned = launch._aligned(x.bfloat16() if x.is_contiguous() else x, whole)
+    assert aligned.shape[1] % whole == 0
     assert aligned.stride(1) == 1
     assert aligned.stride(0) % 8 == 0
     assert aligned.stride(0) >= aligned.shape[1]

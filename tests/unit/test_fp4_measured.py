@@ -302,7 +302,7 @@ def test_where_everything_fails_nothing_is_kept(gpu, folder):
     [
         {"launch": "decode", **BEST._replace(split=7)._asdict()},
         {"launch": "decode", **BEST._replace(kept=4)._asdict()},
-        {"launch": "tile", **Tile(1, 64, 4, 3, 5, 1)._asdict()},
+        {"launch": "tile", **Tile(1, 64, 4, 3, 1)._asdict()},
         {"launch": "decode"},
         {"launch": "decode", **BEST._asdict(), "more": 1},
         {"launch": ["decode"]},

@@ -98,25 +98,39 @@ def facts(index: int | None) -> tuple[tuple[int, int], int]:
 def _rule(x_rows: int, out_rows: int, in_features: int, hopper: bool, processors: int) -> Decode | Tile | None:
     if not hopper:
         # wgmma and what reads x from shared memory are Hopper's own; the rest runs wherever mma.sync does.
-        return _decode(x_rows, out_rows, in_features, processors, keep=False) if x_rows <= FEW else None
-    if x_rows <= FEW:
-        return _decode(x_rows, out_rows, in_features, processors, keep=in_features % 64 == 0)
+        return _decode(x_rows, out_rows, in_features, processors) if x_rows <= FEW else None
+    return (
+        _few(x_rows, out_rows, in_features, processors)
+        if x_rows <= 64
+        else _many(x_rows, out_rows, in_features, processors)
+    )
+
+
+def _few(x_rows: int, out_rows: int, in_features: int, processors: int) -> Tile:
+    """One piece of x; inputs are split where there are few tiles of the weight, which costs an exchange of sums."""
     tiles, chunks = -(-out_rows // 64), -(-in_features // 64)
-    bm = 32 if x_rows <= 32 else 64 if x_rows <= 64 else 128 if x_rows <= 128 else 256
-    wg = 1 if bm <= 64 else 2
-    if bm == 256 and -(-x_rows // 256) * -(-tiles // 2) < processors:
-        bm = 128
-    c, stages = {32: (4, 3), 64: (4, 3), 128: (4, 3), 256: (2, 3)}[bm]
-    programs = -(-x_rows // bm) * -(-tiles // wg)
-    wanted = processors * (2 if bm <= 64 else 1)
-    steps = -(-chunks // c)
-    split = 1
-    while split < 8 and programs * split * 2 <= wanted * 1.1 and steps // (split * 2) >= 4:
-        split *= 2
-    return Tile(wg, bm, c, stages, 5 if wg * bm <= 256 else 4, split)
+    bm = next(each for each in (8, 16, 32, 64) if x_rows <= each)
+    c, stages = (8 if chunks >= 32 else 4, 3) if bm <= 16 else (4, 3) if bm == 32 else (2, 4)
+    return Tile(1, bm, c, stages, _split(tiles, -(-chunks // c), processors * 3 // 2))
 
 
-def _decode(x_rows: int, out_rows: int, in_features: int, processors: int, *, keep: bool) -> Decode:
+def _many(x_rows: int, out_rows: int, in_features: int, processors: int) -> Tile:
+    """The largest pieces that still give nearly every multiprocessor one."""
+    tiles, chunks = -(-out_rows // 64), -(-in_features // 64)
+    for wg, bm, c, stages in ((2, 256, 2, 3), (2, 128, 2, 3), (1, 128, 4, 3)):
+        programs = -(-x_rows // bm) * -(-tiles // wg)
+        if (bm < 256 or x_rows > 128) and programs >= processors * 4 // 5:
+            return Tile(wg, bm, c, stages, 1)
+    return Tile(wg, bm, c, stages, _split(programs, -(-chunks // c), processors))
+
+
+def _split(programs: int, steps: int, wanted: int) -> int:
+    """Parts of the inputs that make `programs` as many as are wanted, none of them empty."""
+    split = max(1, min(-(-wanted // programs), 8, -(-steps // 2)))
+    return -(-steps // -(-steps // split))
+
+
+def _decode(x_rows: int, out_rows: int, in_features: int, processors: int) -> Decode:
     """Enough warps for a third of what the GPU holds, in pieces that leave few idle at the end."""
     tiles, groups = -(-out_rows // 64), -(-in_features // 256)
     bm = 8 if x_rows <= 8 else 16
@@ -125,13 +139,13 @@ def _decode(x_rows: int, out_rows: int, in_features: int, processors: int, *, ke
     limit = 8 if bm == 8 else 4
     while per > 1 and (per > 2 * limit or (tiles * -(-groups // per) * 4 < processors * 24 and per > 2)):
         per //= 2
-    return Decode(wg, bm, per if keep else 0, 4, -(-groups // per))
+    return Decode(wg, bm, 0, 4, -(-groups // per))
 
 
 def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Tensor:
     """act(x W^T + bias), x [M, K] -> [M, N] (swiglu: [M, N / 2])."""
     described = isinstance(setting, Tile) or setting.kept > 0
-    x = _aligned(x) if described else x.contiguous()
+    x = _aligned(x, 8 if isinstance(setting, Tile) else 64) if described else x.contiguous()
     (m, k), pitch, index = x.shape, x.stride(0), x.device.index
     # All that a launch is decided by, and what Triton would look at to find the kernel again.
     key = (
@@ -142,12 +156,17 @@ def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None
     out = x.new_empty(plan.out)
     partial = x.new_empty(plan.sums, dtype=torch.float32) if plan.sums else None
     counters = weight.counters.new_zeros(plan.counters) if plan.counters else weight.counters
+    operands = plan.product.described(plan.views, x, weight.words, weight.scales)
     with on_device(index):
-        plan.product(
-            plan.grid, plan.product.rows_of(x, plan.shape, plan.strides) if described else x,
-            weight.words, weight.scales, weight.alpha, bias, out, partial, counters, *plan.numbers,
-        )  # fmt: skip
+        plan.product(plan.grid, *operands, weight.alpha, bias, out, partial, counters, *plan.numbers)
     return out
+
+
+class _View(NamedTuple):
+    """A tensor as a descriptor of it says."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class _Plan(NamedTuple):
@@ -156,8 +175,7 @@ class _Plan(NamedTuple):
     product: "_Product"
     grid: tuple[int, int, int]
     numbers: tuple[int, ...]  # the kernel's own, after its tensors
-    shape: tuple[int, ...]  # of x, as the kernel's descriptor has it
-    strides: tuple[int, ...]
+    views: tuple["_View | None", ...]  # of x, words and scales, where the kernel takes a descriptor
     out: tuple[int, int]
     sums: int  # floats for sums over parts of the inputs
     counters: int  # where the weight's own do not suffice
@@ -175,22 +193,29 @@ def _plan(key: tuple[Any, ...], weight: Shuffled, *, has_bias: bool) -> _Plan:
         chunks = -(-k // 64)
         grid = (-(-m // setting.bm), rows, setting.split)
         steps = -(-chunks // setting.c)
-        numbers: tuple[int, ...] = (m, width, groups, chunks, -(-steps // setting.split))
-        shape: tuple[int, ...] = (m, k)
-        strides: tuple[int, ...] = (pitch, 1)
+        numbers: tuple[int, ...] = (m, width, chunks, -(-steps // setting.split))
+        views: tuple[_View | None, ...] = (
+            _View((m, k), (pitch, 1)),
+            _rows_of(tiles, groups * 8, 256),
+            _rows_of(tiles, groups * 4, 1024 // weight.block),
+        )
     else:
         grid = (rows, setting.split, 1)
         numbers = (m, width, k, pitch, groups, -(-groups // setting.split))
-        shape, strides = (k // 64, m, 64), (64, pitch, 1)
+        views = (_View((k // 64, m, 64), (64, pitch, 1)) if setting.kept else None, None, None)
     sums = spots * setting.split * setting.wg * 64 * setting.bm if setting.split > 1 else 0
     # The same kernel serves other numbers of rows.
     product = known((setting, *key[2:]), lambda: _Product(setting, weight, has_bias, activation, index))
     counters = spots if sums and spots > tiles * COUNTERS else 0
-    return _Plan(product, grid, numbers, shape, strides, (m, width), sums, counters)
+    return _Plan(product, grid, numbers, views, (m, width), sums, counters)
+
+
+def _rows_of(tiles: int, rows: int, size: int) -> _View:
+    return _View((tiles, rows, size), (rows * size, size, 1))
 
 
 class _Product(Compiled):
-    """One of the two kernels, with its view of x."""
+    """One of the two kernels, with the descriptors of its operands."""
 
     def __init__(
         self, setting: Decode | Tile, weight: Shuffled, has_bias: bool, activation: str | None, index: int
@@ -202,40 +227,53 @@ class _Product(Compiled):
         from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
 
         early = facts(index)[0] >= _HOPPER
-        options: dict[str, Any] = {"num_warps": 4 * setting.wg, "launch_pdl": early}
+        options: dict[str, Any] = {"num_warps": setting.warps, "launch_pdl": early}
         if isinstance(setting, Tile):
             function: Any = tile_kernel
             own = {"SPLIT": setting.split, "WG": setting.wg, "C": setting.c, "BM": setting.bm, "STAGES": setting.stages}
-            self.block, self.layout = [setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)
+            plain = gl.NVMMASharedLayout(0, 32, 3)
+            self.boxes: tuple[tuple[list[int], Any], ...] = (
+                ([setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)),
+                ([setting.wg, setting.c * 2, 256], plain),
+                ([setting.wg, setting.c, 1024 // weight.block], plain),
+            )
         else:
             function = decode_kernel
-            own = {"SPLIT": setting.split, "WG": setting.wg, "REP": setting.rep, "BM": setting.bm, "KEPT": setting.kept}
-            self.block, self.layout = [setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)
-            options["num_warps"] //= setting.rep
+            own = {
+                "SPLIT": setting.split, "WG": setting.wg, "REP": setting.rep, "BM": setting.bm, "KEPT": setting.kept,
+                "AHEAD": setting.ahead,
+            }  # fmt: skip
+            self.boxes = (([setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)),)
             if setting.ahead == 4 and setting.rep == 1:
                 options["maxnreg"] = 64
         common = {
-            "AHEAD": setting.ahead, "BLOCK": weight.block, "FP16": weight.dtype == torch.float16,
-            "HAS_BIAS": has_bias, "ACTIVATION": CODES[activation], "PDL": early,
+            "BLOCK": weight.block, "FP16": weight.dtype == torch.float16, "HAS_BIAS": has_bias,
+            "ACTIVATION": CODES[activation], "PDL": early,
         }  # fmt: skip
         super().__init__(function, {**own, **common}, **options)
         self.descriptor: Any = TensorDescriptor
-        self.described: dict[str, Any] = {}
+        self.made: dict[int, dict[str, Any]] = {}
 
-    def rows_of(self, x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-        """X as the kernel's descriptor; checked by Triton the first time, and made without asking again."""
-        if not self.described:
-            made = self.descriptor(x, list(shape), list(strides), self.block, self.layout)
-            self.described = {**vars(made), "base": None}
+    def described(self, views: tuple[_View | None, ...], *tensors: Tensor) -> list[Any]:
+        """The tensors as the kernel takes them; Triton checks a descriptor once, then it is made without asking."""
+        return [
+            tensor if view is None else self._descriptor(i, tensor, view)
+            for i, (tensor, view) in enumerate(zip(tensors, views, strict=True))
+        ]
+
+    def _descriptor(self, i: int, tensor: Tensor, view: _View) -> Any:
+        if i not in self.made:
+            made = self.descriptor(tensor, list(view.shape), list(view.strides), *self.boxes[i])
+            self.made[i] = {**vars(made), "base": None}
             return made
         made = self.descriptor.__new__(self.descriptor)
-        made.__dict__.update(self.described, base=x, shape=shape, strides=strides)
+        made.__dict__.update(self.made[i], base=tensor, shape=view.shape, strides=view.strides)
         return made
 
 
 @functools.cache
 def _fitted(setting: Decode | Tile, tiles: int, groups: int) -> Decode | Tile:
-    """Every warpgroup has its 64 rows, and no slice of the inputs is empty or shorter than what is loaded ahead."""
+    """Every program has all of its rows, and no slice of the inputs is empty or shorter than what is loaded ahead."""
     while tiles % setting.wg:
         setting = setting._replace(wg=setting.wg // 2)
     if isinstance(setting, Decode):
@@ -251,9 +289,9 @@ def _whole_slices(setting: Decode, groups: int) -> Decode:
     return setting if fits else setting._replace(ahead=4)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """X as a tensor descriptor takes it: rows side by side, each at a multiple of 16 bytes, whole chunks wide."""
-    pad = -x.shape[1] % 64
+def _aligned(x: Tensor, whole: int) -> Tensor:
+    """X as a tensor descriptor takes it: rows at multiples of 16 bytes, a multiple of `whole` wide."""
+    pad = -x.shape[1] % whole
     if pad:
         return torch.nn.functional.pad(x, (0, pad))
     if x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) < x.shape[1] or x.data_ptr() % 16:

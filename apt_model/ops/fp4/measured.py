@@ -30,7 +30,7 @@ MOST_TRIED = 24
 # Norm of the difference over the norm, from the definition in the type of x.
 LARGEST_ERROR = 5e-3
 # Bytes of shared memory that a program may take on Hopper.
-_MOST_SHARED = 200_000
+_MOST_SHARED = 226_000
 # Copies of the weight that take turns are so many times as large as the cache, unless that takes too many.
 _CACHES, _MOST_COPIES = 4, 512
 
@@ -49,7 +49,7 @@ def candidates(rows: int, out_features: int, in_features: int, hopper: bool, pro
     """Launches that may be the best for up to `rows` rows of x on a GPU with so many multiprocessors."""
     shape = (rows, out_features, in_features)
     found: list[Decode | Tile] = list(_decodes(*shape, hopper, processors)) if rows <= launch.FEW else []
-    return [*found, *_tiles(*shape, processors)] if hopper and rows > 8 else found
+    return [*found, *_tiles(*shape, processors)] if hopper else found
 
 
 def _decodes(rows: int, out_features: int, in_features: int, hopper: bool, processors: int) -> list[Decode]:
@@ -66,31 +66,30 @@ def _decodes(rows: int, out_features: int, in_features: int, hopper: bool, proce
         warps = tiles * split * 4 // rep
         if rep * ahead > 8 or tiles % wg or (ahead == 8 and (per % 2 or groups % 2)):
             continue
-        if bm * 512 * kept <= _MOST_SHARED * 2 // 3 and least // rep <= warps <= processors * 96 // rep:
+        if bm * 512 * kept <= _MOST_SHARED * 3 // 5 and least // rep <= warps <= processors * 96 // rep:
             found.append(Decode(wg, bm, kept, ahead, split, rep))
     return found
 
 
 def _tiles(rows: int, out_features: int, in_features: int, processors: int) -> list[Tile]:
     tiles, chunks = -(-out_features // 64), -(-in_features // 64)
-    smallest = 128 if rows > 64 else 64 if rows > 32 else 16
     found = []
     for wg, bm, c, stages, split in itertools.product(
-        (1, 2, 4), (16, 32, 64, 128, 256), (1, 2, 4), (3, 4, 5), (1, 2, 3, 4, 6, 8)
+        (1, 2, 4), (8, 16, 32, 64, 128, 256), (2, 4, 8), (2, 3, 4), (1, 2, 3, 4, 6, 8)
     ):
         steps = -(-chunks // c)
         per = -(-steps // split)
-        cells = -(-rows // bm) * (tiles // wg)
-        warps = cells * split * wg * 4
-        least = min(processors * 4, cells * wg * 2 * max(1, min(8, steps // 4)))
-        shared = bm * 64 * c * 2 * stages
-        if tiles % wg or wg * bm > 512 or (wg, bm) == (1, 256) or shared > _MOST_SHARED or not 64 <= c * bm <= 512:
+        programs = -(-rows // bm) * (tiles // wg) * split
+        shared = (bm * 128 + wg * 2304) * c * stages
+        if tiles % wg or wg * bm > 512 or (wg, bm) == (1, 256) or shared > _MOST_SHARED:
             continue
-        if -(-steps // per) != split or per < min(4, steps) or not smallest <= bm < 2 * max(rows, 9):
+        if not (bm >= 128 or rows <= bm) or bm >= 2 * max(rows, 5) or not 64 <= c * bm <= 512 or (c < 4 and bm < 64):
             continue
-        if (c == 1 and bm < 256) or warps < least or (split > 1 and warps > processors * 24):
+        if -(-steps // per) != split or stages > max(per + 1, 2):
             continue
-        found.append(Tile(wg, bm, c, stages, 2 if wg * bm >= 512 and wg > 2 else 4 if wg * bm > 256 else 5, split))
+        if programs < min(processors * 2 // 3, tiles // wg * 2) or (split > 1 and programs * wg > processors * 5):
+            continue
+        found.append(Tile(wg, bm, c, stages, split))
     return found
 
 

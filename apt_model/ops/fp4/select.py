@@ -58,7 +58,9 @@ def explain(rows: int, weight: Operand, dtype: torch.dtype, activation: str | No
         return f"{shape}: slabs of the weight unpacked to {dtype} for torch's own product, {why}"
     if not _fits(weight, dtype, activation):
         return f"{shape}: slabs unpacked, since this weight is not in the kernels' order for {dtype}"
-    kind = "decode (weights to registers)" if isinstance(setting, Decode) else "tile (x through shared memory)"
+    kind = (
+        "decode (weights to registers)" if isinstance(setting, Decode) else "tile (weights and x through shared memory)"
+    )
     return f"{shape}: fused kernel {kind}, {setting} {why}" + (f", with {activation}" if activation else "")
 
 

@@ -13,38 +13,47 @@ class Decode(NamedTuple):
     split: int
     rep: int = 1  # tiles of 64 rows that four warps hold, so that a fragment of x serves more weights
 
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return 4 * self.wg // self.rep
+
 
 class Tile(NamedTuple):
-    """A launch of `kernel_tile`: x comes through shared memory, `c` chunks a step in `stages`."""
+    """A launch of `kernel_tile`: weights and x come through shared memory, `c` chunks a step in `stages`."""
 
     wg: int
     bm: int
     c: int
     stages: int
-    ahead: int
     split: int
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return 4 * self.wg
 
 
 # Outputs, inputs, most rows of x -> launch. NVIDIA H200, torch 2.11, triton 3.6; benchmarks/fp4/tune.py.
 HOPPER: dict[tuple[int, int, int], Decode | Tile] = {
     (4096, 4096, 8): Decode(2, 8, 1, 4, 16, 2),
-    (4096, 4096, 16): Decode(1, 16, 2, 8, 8),
-    (4096, 4096, 64): Tile(1, 64, 4, 3, 5, 4),
-    (4096, 4096, 256): Tile(2, 128, 4, 3, 5, 2),
-    (4096, 4096, 1024): Tile(2, 256, 2, 3, 4, 1),
-    (8192, 8192, 8): Decode(2, 8, 4, 4, 8),
-    (8192, 8192, 16): Decode(2, 16, 8, 8, 4),
-    (8192, 8192, 64): Tile(1, 64, 4, 3, 5, 2),
-    (8192, 8192, 256): Tile(2, 128, 4, 3, 5, 1),
-    (8192, 8192, 1024): Tile(2, 256, 2, 3, 4, 1),
-    (14336, 4096, 8): Decode(2, 8, 4, 4, 6, 2),
-    (14336, 4096, 16): Decode(2, 16, 4, 4, 4, 2),
-    (14336, 4096, 64): Tile(1, 64, 4, 3, 5, 1),
-    (14336, 4096, 256): Tile(2, 256, 2, 3, 4, 1),
-    (14336, 4096, 1024): Tile(2, 256, 2, 3, 4, 1),
-    (28672, 8192, 8): Decode(2, 8, 8, 8, 6),
-    (28672, 8192, 16): Tile(2, 16, 4, 3, 5, 1),
-    (28672, 8192, 64): Tile(2, 64, 4, 3, 5, 1),
-    (28672, 8192, 256): Tile(2, 256, 2, 3, 4, 1),
-    (28672, 8192, 1024): Tile(2, 256, 2, 3, 4, 1),
+    (4096, 4096, 16): Tile(1, 16, 8, 3, 3),
+    (4096, 4096, 64): Tile(1, 64, 4, 3, 2),
+    (4096, 4096, 256): Tile(1, 128, 4, 3, 1),
+    (4096, 4096, 1024): Tile(2, 256, 2, 3, 1),
+    (8192, 8192, 8): Tile(1, 8, 4, 4, 4),
+    (8192, 8192, 16): Tile(1, 16, 4, 3, 4),
+    (8192, 8192, 64): Tile(1, 64, 2, 4, 2),
+    (8192, 8192, 256): Tile(2, 128, 2, 3, 1),
+    (8192, 8192, 1024): Tile(2, 256, 2, 3, 1),
+    (14336, 4096, 8): Tile(1, 8, 8, 3, 1),
+    (14336, 4096, 16): Tile(1, 16, 8, 3, 1),
+    (14336, 4096, 64): Tile(1, 64, 2, 4, 1),
+    (14336, 4096, 256): Tile(2, 256, 2, 3, 1),
+    (14336, 4096, 1024): Tile(2, 256, 2, 3, 1),
+    (28672, 8192, 8): Tile(4, 8, 4, 3, 1),
+    (28672, 8192, 16): Tile(2, 16, 4, 3, 1),
+    (28672, 8192, 64): Tile(4, 64, 4, 3, 1),
+    (28672, 8192, 256): Tile(2, 256, 2, 3, 1),
+    (28672, 8192, 1024): Tile(2, 256, 2, 3, 1),
 }
