@@ -32,7 +32,7 @@ from benchmarks.fp4.cells import (
     synchronize,
     table,
     weight_of,
-)  # fmt: skip
+)
 
 SHAPES = ("28672x8192", "8192x8192", "14336x4096", "4096x4096", "3072x768")
 SMALL_SHAPES = ("96x80", "72x48")
