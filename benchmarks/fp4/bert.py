@@ -1,22 +1,25 @@
 """BERT-base, whole forward, random weights: FP4 beside fp16, fp32 and bitsandbytes in time and in memory.
 
-    python benchmarks/fp4/bert.py [--sizes 1x128 ...] [--arms NAME ...] [--no-compile] [--rounds 5] [--small] [--out FOLDER]
+    python benchmarks/fp4/bert.py [--sizes 1x128 ...] [--arms NAME ...] [--no-compile] [--rounds 5] [--seconds 300] [--small]
 
 12 layers, width 768, 12 heads, 3072, vocabulary 30522, transformers' own model. Every arm attends through
 `scaled_dot_product_attention` without a mask, as there is no padding: transformers itself makes one while it is compiled
-or captured, which would hold those arms back. Latency is the wall time of one call, device and host, each waited for;
+or captured, which would hold those arms back. What torch takes for it is read off a profile and printed; "plain
+attention" writes the matrix of scores instead. Latency is the wall time of one call, device and host, each waited for;
 throughput that of calls in a row. Every arm is first compared with an fp32 model that has the arm's own dequantised
 weights. Peak memory counts what the arm's weights and one eager forward need above what was there before.
+
+torch.compile makes a program for each size (dynamic=False), from an empty memory at each, first in processes side by side
+into inductor's cache on disk. What is compiled during the timed part is counted and printed: it should be nothing. After
+`--seconds` no further arm is compiled.
 """
 
 import argparse
-import concurrent.futures
-import contextlib
 import copy
 import dataclasses
 import gc
+import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,12 +32,12 @@ from torch import Tensor, nn
 
 from benchmarks import record
 from benchmarks.fp4 import peers
+from benchmarks.fp4.cells import DEVICE, attempt, in_processes, synchronize
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES, SMALL_SIZES = ("1x128", "8x128", "64x128", "64x512"), ("1x8", "2x16")
 # Relative error of the last hidden states: fp16 through 12 layers.
 LIMIT = 0.02
-ROUND_S = 0.15
+ROUND_S = 0.08
 # What `ours` is to reach on an H200: speed over fp16 eager at these sizes, at the others above 1; memory at 1x128.
 GOAL_SPEED, GOAL_FP16, GOAL_FP32 = {"1x128": 1.7, "8x128": 1.7}, 0.45, 0.2
 
@@ -42,9 +45,12 @@ GOAL_SPEED, GOAL_FP16, GOAL_FP32 = {"1x128": 1.7, "8x128": 1.7}, 0.45, 0.2
 def bert(*, small: bool) -> nn.Module:
     from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.models.bert.modeling_bert import eager_attention_forward
 
     AttentionInterface.register("sdpa_no_mask", sdpa_attention_forward)
-    AttentionMaskInterface.register("sdpa_no_mask", lambda *_, **__: None)
+    AttentionInterface.register("plain_no_mask", eager_attention_forward)
+    for name in ("sdpa_no_mask", "plain_no_mask"):
+        AttentionMaskInterface.register(name, lambda *_, **__: None)
     config = BertConfig()
     if small:
         config = BertConfig(
@@ -65,6 +71,11 @@ def ours_tables_too(model: nn.Module) -> nn.Module:
     from apt_model.optimization import FP4Config, quantize
 
     return quantize(model.half(), FP4Config(embeddings=True))
+
+
+def ours_plain_attention(model: nn.Module) -> nn.Module:
+    model.config._attn_implementation = "plain_no_mask"
+    return ours(model)
 
 
 def bitsandbytes(model: nn.Module) -> nn.Module:
@@ -90,21 +101,20 @@ MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "bitsandbytes fp4": bitsandbytes,
     "ours": ours,
     "ours, tables too": ours_tables_too,
+    "ours, plain attention": ours_plain_attention,
 }
 BASE = "fp16 eager"
-ARMS = {
-    "fp32 eager": ("fp32", "eager"),
-    BASE: ("fp16", "eager"),
-    "fp16 CUDA graph": ("fp16", "graph"),
-    "fp16 torch.compile": ("fp16", "compile"),
-    "bitsandbytes fp4 eager": ("bitsandbytes fp4", "eager"),
-    "bitsandbytes fp4 CUDA graph": ("bitsandbytes fp4", "graph"),
-    "ours eager": ("ours", "eager"),
-    "ours CUDA graph": ("ours", "graph"),
-    "ours torch.compile": ("ours", "compile"),
-    "ours, tables too, eager": ("ours, tables too", "eager"),
-    "ours, tables too, CUDA graph": ("ours, tables too", "graph"),
+MODES = {"eager": "eager", "CUDA graph": "graph", "torch.compile": "compile", "reduce-overhead": "reduce"}
+COMPILED = {"compile": "default", "reduce": "reduce-overhead"}
+RUN_AS = {
+    "fp32": ("eager", "CUDA graph"),
+    "fp16": tuple(MODES),
+    "bitsandbytes fp4": tuple(MODES),
+    "ours": tuple(MODES),
+    "ours, tables too": ("eager", "CUDA graph"),
+    "ours, plain attention": ("CUDA graph",),
 }
+ARMS = {f"{name} {mode}": (name, MODES[mode]) for name, modes in RUN_AS.items() for mode in modes}
 
 
 def exact_twin(model: nn.Module, base: nn.Module) -> nn.Module:
@@ -135,8 +145,8 @@ class Runner:
             self.graph, self.static = torch.cuda.CUDAGraph(), ids.clone()
             with torch.cuda.graph(self.graph, stream=stream):
                 self.out = model(self.static).last_hidden_state
-        if mode == "compile":
-            self.model = torch.compile(model, mode="reduce-overhead", dynamic=False)
+        if mode in COMPILED:
+            self.model = torch.compile(model, mode=COMPILED[mode], dynamic=False)
         for _ in range(3):
             self()
 
@@ -145,7 +155,7 @@ class Runner:
             self.static.copy_(self.ids)
             self.graph.replay()
             return self.out
-        if self.mode == "compile":
+        if self.mode == "reduce":
             torch.compiler.cudagraph_mark_step_begin()
         return self.model(self.ids).last_hidden_state
 
@@ -168,9 +178,24 @@ class Runner:
         return (time.perf_counter() - begin) / calls
 
 
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+def compiled_counts() -> dict[str, int]:
+    """What torch.compile has counted so far."""
+    from torch._dynamo.utils import counters
+
+    inductor = counters["inductor"]
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+        "from_disk": inductor["fxgraph_cache_hit"],
+        "without_cuda_graph": inductor["cudagraph_skips"],
+    }
+
+
+def counted(call: Callable[..., object], *arguments: object) -> tuple[object, dict[str, int]]:
+    """What the call gives, and what it made torch.compile count."""
+    before = compiled_counts()
+    found = call(*arguments)
+    return found, {name: count - before[name] for name, count in compiled_counts().items()}
 
 
 @dataclasses.dataclass
@@ -181,6 +206,32 @@ class Built:
     why: str | None
     weight_bytes: int = 0
     peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def attention_of(model: nn.Module, ids: Tensor) -> str:
+    """The kernel that attends, as a profile names it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        model(ids)
+        synchronize()
+    names = {
+        event.key
+        for event in found.key_averages()
+        if re.search("flash|fmha|sdpa|attention|softmax", event.key, re.IGNORECASE)
+    }
+    return ", ".join(sorted(name[:80] for name in names)) or "none found"
+
+
+def add_attention(rows: list[dict], builds: dict[str, Built], ids: dict[str, Tensor]) -> None:
+    """Last of all: what profiles may hold launches back from then on."""
+    known = {}
+    for row in rows:
+        (name, mode), size = ARMS[row["arm"]], row["size"]
+        if "ms" in row and mode not in COMPILED:
+            if (name, size) not in known:
+                known[name, size] = attempt(attention_of, builds[name].model, ids[size])[0]
+            row["attention"] = known[name, size]
 
 
 def build(name: str, base: nn.Module, ids: dict[str, Tensor]) -> Built:
@@ -204,59 +255,78 @@ def build(name: str, base: nn.Module, ids: dict[str, Tensor]) -> Built:
     return built
 
 
-def prepare(arms: list[str], builds: dict[str, Built], base: nn.Module, ids: Tensor) -> dict[str, tuple]:
-    """Arm -> (runner, relative error, why not)."""
-    found, expected = {}, {}
+@dataclasses.dataclass
+class Ready:
+    """One arm at one size: what runs it, or why nothing does."""
+
+    runner: Runner | None = None
+    error: float | None = None
+    why: str | None = None
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    single: list[float] = dataclasses.field(default_factory=list)
+    series: list[float] = dataclasses.field(default_factory=list)
+
+    def measure(self) -> None:
+        calls = max(3, min(50, int(ROUND_S / self.runner.in_a_row(2))))
+        self.single += self.runner.latencies(calls)
+        self.series.append(self.runner.in_a_row(calls))
+
+
+def prepare(arm: str, model: nn.Module, ids: Tensor, expected: Tensor) -> Ready:
+    runner, counts = counted(Runner, model, ARMS[arm][1], ids)
+    error = float((runner().float() - expected).norm() / expected.norm())
+    if not error <= LIMIT:
+        return Ready(None, error, f"WRONG NUMBERS: {error:.2g}", counts)
+    return Ready(runner, error, None, counts)
+
+
+def exact(model: nn.Module, base: nn.Module, ids: Tensor) -> Tensor:
+    return exact_twin(model, base)(ids).last_hidden_state
+
+
+def measure_size(  # noqa: PLR0917 - one call
+    size: str, arms: list[str], builds: dict[str, Built], base: nn.Module, ids: Tensor, failed: dict[tuple[str, str], str],
+    *, rounds: int, until: float,
+) -> list[dict]:  # fmt: skip
+    torch._dynamo.reset()
+    expected, why, ready = {}, {}, {}
+    for name, built in builds.items():
+        expected[name], why[name] = attempt(exact, built.model, base, ids) if built.model else (None, built.why)
     for arm in arms:
         name, mode = ARMS[arm]
-        built = builds[name]
-        if built.model is None:
-            found[arm] = (None, None, built.why)
-            continue
-        try:
-            if name not in expected:
-                expected[name] = exact_twin(built.model, base)(ids).last_hidden_state
-            runner = Runner(built.model, mode, ids)
-            error = float((runner().float() - expected[name]).norm() / expected[name].norm())
-            right = error <= LIMIT
-            found[arm] = (runner if right else None, error, None if right else f"WRONG NUMBERS: {error:.2g}")
-        except Exception as error:  # noqa: BLE001 - whatever a peer raises is what its row says
-            if DEVICE == "cuda":
-                torch.cuda.set_stream(torch.cuda.default_stream())
-                torch.cuda.synchronize()
-            found[arm] = (None, None, peers.why_of(error))
-    return found
-
-
-def measure_size(
-    size: str, arms: list[str], builds: dict[str, Built], base: nn.Module, ids: Tensor, *, rounds: int
-) -> list[dict]:
-    ready = prepare(arms, builds, base, ids)
-    single: dict[str, list[float]] = {arm: [] for arm in arms}
-    series: dict[str, list[float]] = {arm: [] for arm in arms}
+        reason = why[name]
+        if reason is None and mode in COMPILED:
+            late = time.perf_counter() > until
+            reason = "not compiled: the time was up" if late else failed.get((name, size))
+        made = None
+        if reason is None:
+            made, reason = attempt(prepare, arm, builds[name].model, ids, expected[name])
+        ready[arm] = made or Ready(why=reason)
     for _ in range(rounds):
-        for arm, (runner, _, _) in ready.items():
-            if runner is not None:
-                calls = max(5, min(50, int(ROUND_S / runner.in_a_row(2))))
-                single[arm] += runner.latencies(calls)
-                series[arm].append(runner.in_a_row(calls))
-    rows = []
-    for arm, (_, error, why) in ready.items():
-        built = builds[ARMS[arm][0]]
-        row = {"size": size, "arm": arm, "error": error, "weight_bytes": built.weight_bytes}
-        row["peak_bytes"] = built.peak_bytes.get(size) if ARMS[arm][1] == "eager" else None
-        if why is not None:
-            row["why"] = why
-        if single[arm]:
-            middle = statistics.median(single[arm])
-            low, *_, high = statistics.quantiles(single[arm], n=10)
-            row |= {"ms": 1e3 * middle, "ms_tenth": 1e3 * low, "ms_nine_tenths": 1e3 * high}
-            row |= {"ms_in_a_row": 1e3 * statistics.median(series[arm])}
-            row["tokens_per_s"] = ids.numel() / statistics.median(series[arm])
-            if single.get(BASE):
-                row["speed"] = statistics.median(single[BASE]) / middle
-        rows.append(row)
-    return rows
+        for each in ready.values():
+            if each.why is None:
+                made, each.why = attempt(counted, each.measure)
+                again = 0 if made is None else made[1]["graphs"]
+                each.counts["in_timed_part"] = each.counts.get("in_timed_part", 0) + again
+    base_ms = statistics.median(ready[BASE].single) if BASE in ready and ready[BASE].single else None
+    return [row_of(size, arm, each, builds[ARMS[arm][0]], ids, base_ms) for arm, each in ready.items()]
+
+
+def row_of(size: str, arm: str, ready: Ready, built: Built, ids: Tensor, base_s: float | None) -> dict:  # noqa: PLR0917
+    row = {"size": size, "arm": arm, "error": ready.error, "weight_bytes": built.weight_bytes}
+    row["peak_bytes"] = built.peak_bytes.get(size) if ARMS[arm][1] == "eager" else None
+    if ARMS[arm][1] in COMPILED:
+        row["torch_compile"] = ready.counts
+    if ready.why is not None:
+        return row | {"why": ready.why}
+    middle = statistics.median(ready.single)
+    low, *_, high = statistics.quantiles(ready.single, n=10)
+    row |= {"ms": 1e3 * middle, "ms_tenth": 1e3 * low, "ms_nine_tenths": 1e3 * high}
+    row |= {"ms_in_a_row": 1e3 * statistics.median(ready.series)}
+    row["tokens_per_s"] = ids.numel() / statistics.median(ready.series)
+    if base_s is not None:
+        row["speed"] = base_s / middle
+    return row
 
 
 def table(rows: list[dict], sizes: list[str]) -> str:
@@ -277,8 +347,24 @@ def table(rows: list[dict], sizes: list[str]) -> str:
         rate = f"{last['tokens_per_s']:,.0f}" if "tokens_per_s" in last else "-"
         peak = f"{first['peak_bytes'] / 1e6:.1f}" if first["peak_bytes"] else "-"
         lines.append(f"| {arm} | {' | '.join(shown)} | {rate} | {first['weight_bytes'] / 1e6:.1f} | {peak} |")
-    lines += [f"{row['arm']} {row['size']}: {row['why']}" for row in rows if row.get("why")]
-    return "\n".join([*lines, *goals(cells, sizes)])
+    return "\n".join([*lines, *notes(rows), *goals(cells, sizes)])
+
+
+def notes(rows: list[dict]) -> list[str]:
+    """Why arms have no figures, what attends, and what was compiled."""
+    why, attention, lines = {}, {}, []
+    for row in rows:
+        if row.get("why"):
+            why.setdefault((row["arm"], row["why"]), []).append(row["size"])
+        if row.get("attention"):
+            attention.setdefault((ARMS[row["arm"]][0], row["attention"]), {})[row["size"]] = None
+    lines += [f"{arm}, {', '.join(sizes)}: {each[:300]}" for (arm, each), sizes in why.items()]
+    lines += [f"attention of {name}, {', '.join(sizes)}: {each}" for (name, each), sizes in attention.items()]
+    for arm in dict.fromkeys(row["arm"] for row in rows if row.get("torch_compile")):
+        counts = [row["torch_compile"] for row in rows if row["arm"] == arm and row["torch_compile"]]
+        shown = [f"{name} {'/'.join(str(each.get(name, '-')) for each in counts)}" for name in counts[0]]
+        lines.append(f"{arm}, a number a size: {', '.join(shown)}")
+    return lines
 
 
 def goals(cells: dict, sizes: list[str]) -> list[str]:
@@ -292,7 +378,7 @@ def goals(cells: dict, sizes: list[str]) -> list[str]:
         ]
         if marks:
             lines.append(f"goal, {arm}: {', '.join(marks)}")
-    for arm in ("ours eager", "ours, tables too, eager"):
+    for arm in ("ours eager", "ours, tables too eager"):
         peaks = {each: cells.get((each, sizes[0]), {}).get("peak_bytes") for each in (arm, BASE, "fp32 eager")}
         for other, limit in ((BASE, GOAL_FP16), ("fp32 eager", GOAL_FP32)):
             if peaks[arm] and peaks[other]:
@@ -309,26 +395,35 @@ def inputs(base: nn.Module, sizes: list[str]) -> dict[str, Tensor]:
     return {size: torch.randint(base.config.vocab_size, shape, device=DEVICE) for size, shape in shapes.items()}
 
 
-def warm_caches(arms: list[str], sizes: list[str], *, small: bool) -> None:
-    """Compile every arm that does in a process of its own, side by side, so that this process finds it on disk."""
-
-    def one(job: tuple[str, str]) -> None:
-        command = [
-            sys.executable,
-            __file__,
+def warm_caches(arms: list[str], sizes: list[str], *, small: bool) -> dict[tuple[str, str], str]:
+    """Compile in processes side by side, so that this one finds it on disk -> (model, size) -> why that fails."""
+    jobs = [(name, size) for name in MODELS for size in sizes if any(_compiles(arm, name) for arm in arms)]
+    commands = [
+        (
             "--warm",
-            "--arms",
-            job[0],
-            "--sizes",
-            job[1],
             *(["--small"] if small else []),
-        ]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, check=False, capture_output=True, timeout=240)  # noqa: S603
+            "--sizes",
+            size,
+            "--arms",
+            *(arm for arm in arms if _compiles(arm, name)),
+        )
+        for name, size in jobs
+    ]
+    failed = zip(jobs, in_processes(__file__, commands, seconds=180), strict=True)
+    return {job: why for job, why in failed if why is not None}
 
-    jobs = [(arm, size) for arm in arms if ARMS[arm][1] == "compile" for size in sizes]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(one, jobs))
+
+def _compiles(arm: str, name: str) -> bool:
+    return ARMS[arm][0] == name and ARMS[arm][1] in COMPILED
+
+
+def warm(arms: list[str], base: nn.Module, ids: dict[str, Tensor]) -> None:
+    torch._inductor.config.compile_threads = 1  # as many processes as cores run beside this one
+    model = MODELS[ARMS[arms[0]][0]](copy.deepcopy(base))
+    for each in ids.values():
+        model(each)
+        for arm in arms:
+            Runner(model, ARMS[arm][1], each)
 
 
 def main() -> None:
@@ -338,10 +433,11 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--no-compile", action="store_true", help="leave the arms with torch.compile out")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=300, help="compile no further arm after this long")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results/<device>")
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    modes = {"eager", "graph", "compile"} - ({"compile"} if options.no_compile else set())
+    modes = set(MODES.values()) - (set(COMPILED) if options.no_compile else set())
     modes -= {"graph"} if DEVICE == "cpu" else set()
     arms = [arm for arm in options.arms or ARMS if ARMS[arm][1] in modes]
     sizes = options.sizes or list(SMALL_SIZES if options.small else SIZES)
@@ -351,24 +447,26 @@ def main() -> None:
     ids = inputs(base, sizes)
     with torch.no_grad():
         if options.warm:
-            for arm in arms:
-                model = MODELS[ARMS[arm][0]](copy.deepcopy(base))
-                for each in ids.values():
-                    Runner(model, ARMS[arm][1], each)
+            warm(arms, base, ids)
             return
-        if any(ARMS[arm][1] == "compile" for arm in arms):
-            warm_caches(arms, sizes, small=options.small)
+        failed = {}
+        if any(ARMS[arm][1] in COMPILED for arm in arms):
+            failed = warm_caches(arms, sizes, small=options.small)
             print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
         base(ids[sizes[0]])
         copy.deepcopy(base).half()(ids[sizes[0]])  # the libraries' own workspaces are there before anything is counted
         names = dict.fromkeys(ARMS[arm][0] for arm in arms)
         builds = {name: build(name, base, ids) for name in names}
-        rows = []
+        rows, until = [], begin + options.seconds
         for size in sizes:
-            rows += measure_size(size, arms, builds, base, ids[size], rounds=options.rounds)
+            rows += measure_size(size, arms, builds, base, ids[size], failed, rounds=options.rounds, until=until)
             print(f"{size} done at {time.perf_counter() - begin:.0f} s", flush=True)
+            record.write("fp4_bert", rows, folder=options.out)  # after every size: a later one may fail
+        if DEVICE == "cuda":
+            add_attention(rows, builds, ids)
+    path = record.write("fp4_bert", rows, folder=options.out)
     print(table(rows, sizes))
-    print(record.write("fp4_bert", rows, folder=options.out))
+    print(path)
 
 
 if __name__ == "__main__":

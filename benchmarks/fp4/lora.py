@@ -1,11 +1,15 @@
 """LoRA over frozen weights, one training step: FP4 beside bitsandbytes nf4 (QLoRA) and beside bf16.
 
-    python benchmarks/fp4/lora.py [--sizes 1x2048 8x2048] [--arms NAME ...] [--rounds 3] [--steps 3] [--small] [--out FOLDER]
+    python benchmarks/fp4/lora.py [--sizes 1x2048 8x2048] [--arms NAME ...] [--rounds 7] [--steps 4] [--small] [--out FOLDER]
 
 16 blocks of Llama-3-8B's shape (width 4096, 14336, 32 heads over 8), a small vocabulary, activation checkpointing, rank 16
-on all seven matrices of a block through peft, bf16 adapters, fused AdamW. The same random weights and batch for every arm;
-rounds are interleaved. Every arm first has to lower its loss on one repeated batch, or its row says that it does not
-learn and reports no speed. Peak memory is what an arm needs above what was there before it.
+on all seven matrices of a block through peft, bf16 adapters, fused AdamW. The same random weights and batch for every arm.
+Every arm first has to lower its loss on one repeated batch, or its row says that it does not learn and reports no speed.
+Peak memory is what an arm needs above what was there before it.
+
+A round is some steps in a row of every arm, and each round begins with another arm; Python's collector waits meanwhile. A
+step's time is its round's by the clock, host included; its spread is that of the rounds. Where the host binds, the time
+that the GPU is at work says more: the union of its operations in one step's profile, which is taken last.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -25,12 +30,14 @@ from torch import Tensor, nn
 
 from benchmarks import record
 from benchmarks.fp4 import peers
+from benchmarks.fp4.cells import DEVICE, attempt, synchronize
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES, SMALL_SIZES = ("1x2048", "8x2048"), ("1x16", "2x16")
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAD = "lm_head"
 LEARNING_STEPS = 10
+# As long as an arm takes steps in a round, at most.
+ROUND_S = 1.0
 # Relative error of all adapters' gradients after 16 layers in bf16.
 LIMIT = 0.1
 
@@ -129,20 +136,21 @@ def gradient_error(model: nn.Module, plain: nn.Module, ids: Tensor) -> float:
     return error**0.5
 
 
-def mark() -> object:
-    """A point in time, of the device where there is one."""
-    if DEVICE != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def gpu_busy(call: Callable[[], object]) -> tuple[float, int]:
+    """Seconds in which the GPU does something, and the number of its operations."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
 
-
-def between(begin: object, end: object) -> float:
-    if DEVICE != "cuda":
-        return end - begin
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        synchronize()
+    spans = [each.time_range for each in found.events() if each.device_type == DeviceType.CUDA]
+    busy, end = 0.0, 0.0
+    for span in sorted(spans, key=lambda each: each.start):
+        busy += max(0.0, span.end - max(end, span.start))
+        end = max(end, span.end)
+    return busy / 1e6, len(spans)
 
 
 def allocated() -> int:
@@ -160,7 +168,8 @@ class Arm:
     gradient_error: float = 0.0
     losses: tuple[float, float] = (0.0, 0.0)
     peak_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
-    seconds: dict[str, list[tuple[float, float]]] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    busy: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)
 
     def build(self, sizes: list[str], *, small: bool) -> None:
         before = allocated()
@@ -177,7 +186,7 @@ class Arm:
             self.gradient_error = gradient_error(self.model, plain, batch(sizes[0])[:, :256])
             del plain
         self.optimizer = torch.optim.AdamW(adapters(self.model).values(), lr=1e-3, fused=True)
-        losses = [float(self.step(batch(sizes[0]))[0]) for _ in range(LEARNING_STEPS)]
+        losses = [float(self.step(batch(sizes[0]))) for _ in range(LEARNING_STEPS)]
         self.losses = (losses[0], losses[-1])
         for size in sizes:
             self.step(batch(size))
@@ -191,21 +200,26 @@ class Arm:
         if not self.gradient_error <= LIMIT:
             self.why = f"WRONG NUMBERS: gradients differ by {self.gradient_error:.2g}"
 
-    def step(self, ids: Tensor) -> tuple[Tensor, list[object]]:
-        marks = [mark()]
+    def step(self, ids: Tensor) -> Tensor:
         loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
-        marks.append(mark())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach(), [*marks, mark()]
+        return loss.detach()
 
     def measure(self, size: str, steps: int) -> None:
         ids = batch(size)
-        self.step(ids)
-        taken = [self.step(ids)[1] for _ in range(steps)]
-        parts = [(between(begin, middle), between(middle, end)) for begin, middle, end in taken]
-        self.seconds.setdefault(size, []).append(tuple(statistics.mean(part) for part in zip(*parts, strict=True)))
+        gc.collect()
+        steps = max(1, min(steps, int(ROUND_S / self.timed(ids, 1))))
+        self.seconds.setdefault(size, []).append(self.timed(ids, steps))
+
+    def timed(self, ids: Tensor, steps: int) -> float:
+        synchronize()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.step(ids)
+        synchronize()
+        return (time.perf_counter() - begin) / steps
 
     def row(self, size: str, base: "Arm | None") -> dict[str, object]:
         row = {
@@ -217,15 +231,16 @@ class Arm:
         row |= {"gradient_error": self.gradient_error, "loss_first": self.losses[0], "loss_last": self.losses[1]}
         if self.why is not None:
             return row | {"why": self.why}
-        both = [sum(part) for part in self.seconds[size]]
-        for key, values in zip(
-            ("forward_backward_s", "optimizer_s"), zip(*self.seconds[size], strict=True), strict=True
-        ):
-            row[key] = statistics.median(values)
-        row |= {"step_s": statistics.median(both), "step_s_lowest": min(both), "step_s_highest": max(both)}
-        row["tokens_per_s"] = batch(size).numel() / row["step_s"]
-        if base is not None and base.why is None:
-            row["speed"] = statistics.median(sum(part) for part in base.seconds[size]) / row["step_s"]
+        each = self.seconds[size]
+        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+        row |= {"step_s": middle, "step_s_quarter": low, "step_s_three_quarters": high, "rounds": each}
+        row["tokens_per_s"] = batch(size).numel() / middle
+        if size in self.busy:
+            row["gpu_busy_s"], row["gpu_operations"] = self.busy[size]
+        if base is not None:
+            row["speed"] = statistics.median(base.seconds[size]) / middle
+            if size in base.busy and size in self.busy:
+                row["speed_gpu"] = base.busy[size][0] / self.busy[size][0]
         return row
 
 
@@ -248,20 +263,37 @@ def build(name: str, sizes: list[str], *, small: bool) -> Arm:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| size | arm | forward + backward, optimizer (s) | lowest-highest step | tokens/s | over bf16 | weights GiB | peak GiB |",
-        "|---" * 8 + "|",
+        "| size | arm | s a step (quarters; lowest-highest) | over bf16 | GPU at work, s (operations) | over bf16 | tokens/s | weights GiB | peak GiB |",
+        "|---" * 9 + "|",
     ]
     for row in rows:
         start = f"| {row['size']} | {row['arm']} | "
         if "why" in row:
-            lines.append(f"{start}{row['why']} | | | | | |")
+            lines.append(f"{start}{row['why']} | | | | | | |")
             continue
+        busy = f"{row['gpu_busy_s']:.4f} ({row['gpu_operations']})" if "gpu_busy_s" in row else "-"
         lines.append(
-            f"{start}{row['forward_backward_s']:.3f} + {row['optimizer_s']:.4f} | {row['step_s_lowest']:.3f}-{row['step_s_highest']:.3f} "
-            f"| {row['tokens_per_s']:,.0f} | {row.get('speed', float('nan')):.2f}x | {row['weight_bytes'] / 2**30:.2f} "
+            f"{start}{row['step_s']:.4f} ({row['step_s_quarter']:.4f}, {row['step_s_three_quarters']:.4f}; "
+            f"{min(row['rounds']):.4f}-{max(row['rounds']):.4f}) | {row.get('speed', float('nan')):.3f}x | {busy} "
+            f"| {row.get('speed_gpu', float('nan')):.3f}x | {row['tokens_per_s']:,.0f} | {row['weight_bytes'] / 2**30:.2f} "
             f"| {(row['peak_bytes'] or 0) / 2**30:.2f} |"
         )
     return "\n".join(lines)
+
+
+def measure_all(ready: list[Arm], sizes: list[str], rounds: int, steps: int) -> None:
+    """In turns, each round from another arm on; then the profiles, which may hold launches back from then on."""
+    gc.disable()
+    for size in sizes:
+        for number in range(rounds):
+            for i in range(len(ready)):
+                ready[(number + i) % len(ready)].measure(size, steps)
+    if DEVICE == "cuda":
+        for size in sizes:
+            for arm in ready:
+                made, _ = attempt(gpu_busy, partial(arm.step, batch(size)))
+                arm.busy |= {} if made is None else {size: made}
+    gc.enable()
 
 
 def main() -> None:
@@ -269,8 +301,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model, to check the script")
     parser.add_argument("--sizes", nargs="*", help=f"batch x length; default {' '.join(SIZES)}")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), help=f"of {', '.join(ARMS)}")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="in a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="in a round, or fewer where they are long")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results/<device>")
     options = parser.parse_args()
     sizes = options.sizes or list(SMALL_SIZES if options.small else SIZES)
@@ -281,10 +313,7 @@ def main() -> None:
         ).sum()
     arms = [build(name, sizes, small=options.small) for name in options.arms]
     ready = [arm for arm in arms if arm.why is None]
-    for size in sizes:
-        for _ in range(options.rounds):
-            for arm in ready:
-                arm.measure(size, options.steps)
+    measure_all(ready, sizes, options.rounds, options.steps)
     base = next((arm for arm in ready if arm.name == BASE), None)
     rows = [arm.row(size, base) for size in sizes for arm in arms]
     print(table(rows))

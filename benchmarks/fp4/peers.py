@@ -37,24 +37,28 @@ def copies_of(nbytes: int, limit: int | None) -> int:
     return limit or max(2, math.ceil(ROTATED_BYTES / nbytes))
 
 
-def _relative_square(values: Tensor, weight: Tensor) -> float:
+def relative_square(values: Tensor, weight: Tensor) -> float:
     exact = weight.float()
     return float((values.float() - exact).square().sum() / exact.square().sum())
 
 
-def _by_matrix(calls: list[Callable[[Tensor], Tensor]], values: Tensor, weight: Tensor, nbytes: int) -> Operand:
+def by_matrix(calls: list[Callable[[Tensor], Tensor]], values: Tensor, weight: Tensor, nbytes: int) -> Operand:
     values = values.float()
-    return Operand(calls, lambda x: x.float() @ values.mT, nbytes, _relative_square(values, weight))
+    return Operand(calls, lambda x: x.float() @ values.mT, nbytes, relative_square(values, weight))
 
 
 def dense(weight: Tensor, limit: int | None = None) -> Operand:
-    copies = [weight.clone() for _ in range(copies_of(weight.nbytes, limit))]
-    return _by_matrix([partial(_linear, weight=each) for each in copies], weight, weight, weight.nbytes)
+    calls = [partial(_linear, weight=each) for each in dense_copies(weight, limit)]
+    return by_matrix(calls, weight, weight, weight.nbytes)
+
+
+def dense_copies(weight: Tensor, limit: int | None = None) -> list[Tensor]:
+    return [weight.clone() for _ in range(copies_of(weight.nbytes, limit))]
 
 
 def dense_layer(weight: Tensor, limit: int | None = None) -> Operand:
     calls = [_dense_layer(weight) for _ in range(copies_of(weight.nbytes, limit))]
-    return _by_matrix(calls, weight, weight, weight.nbytes)
+    return by_matrix(calls, weight, weight, weight.nbytes)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -67,10 +71,10 @@ def _dense_layer(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def _packed(weight: Tensor, form: str) -> tuple[fp4.PackedWeight, int, float]:
+def packed_of(weight: Tensor, form: str) -> tuple[fp4.PackedWeight, int, float]:
     packed = fp4.quantize(weight, form)
     nbytes = packed.packed.nbytes + packed.scale.nbytes
-    return packed, nbytes, _relative_square(naive.dequantize(packed, torch.float32), weight)
+    return packed, nbytes, relative_square(naive.dequantize(packed, torch.float32), weight)
 
 
 def _clone(order: fp4.Shuffled) -> fp4.Shuffled:
@@ -78,23 +82,33 @@ def _clone(order: fp4.Shuffled) -> fp4.Shuffled:
 
 
 def ours(weight: Tensor, limit: int | None = None, *, form: str) -> Operand:
-    packed, nbytes, error = _packed(weight, form)
-    # In the kernels' order, as a layer holds it on a GPU.
-    order = fp4.shuffle_if_reversible(packed, weight.dtype)
-    copies = [_clone(order) for _ in range(copies_of(nbytes, limit))]
-    calls = [partial(fp4.linear, weight=each) for each in copies]
+    packed, nbytes, error = packed_of(weight, form)
+    calls = [partial(fp4.linear, weight=each) for each in orders_of(packed, weight.dtype, limit)]
     return Operand(calls, lambda x: naive.linear(x.float(), packed), nbytes, error)
+
+
+def orders_of(
+    packed: fp4.PackedWeight, dtype: torch.dtype, limit: int | None = None, *, gated: bool = False
+) -> list[fp4.Shuffled]:
+    """Copies in the kernels' order, as a layer holds it on a GPU."""
+    order = fp4.shuffle_if_reversible(packed, dtype, gated=gated)
+    return [_clone(order) for _ in range(copies_of(packed.packed.nbytes + packed.scale.nbytes, limit))]
 
 
 def our_layer(weight: Tensor, limit: int | None = None) -> Operand:
     from apt_model.optimization import FusedFP4Linear
 
-    packed, nbytes, error = _packed(weight, "nvfp4")
+    packed, nbytes, error = packed_of(weight, "nvfp4")
     layers = [FusedFP4Linear.from_linear(_dense_layer(weight)) for _ in range(copies_of(nbytes, limit))]
     return Operand(layers, lambda x: naive.linear(x.float(), packed), nbytes, error)
 
 
 def bitsandbytes(weight: Tensor, limit: int | None = None, *, kind: str) -> Operand:
+    layers, values, nbytes = bitsandbytes_layers(weight, limit, kind=kind)
+    return by_matrix(layers, values, weight, nbytes)
+
+
+def bitsandbytes_layers(weight: Tensor, limit: int | None = None, *, kind: str) -> tuple[list[nn.Module], Tensor, int]:
     """Blocks of 64, scales in fp32: without the second quantisation, which only makes it slower."""
     import bitsandbytes as bnb
 
@@ -109,7 +123,7 @@ def bitsandbytes(weight: Tensor, limit: int | None = None, *, kind: str) -> Oper
     values = bnb.functional.dequantize_4bit(layer.weight.data, state).view(weight.shape)
     nbytes = layer.weight.data.nbytes + state.absmax.nbytes
     copies = [layer] + [copy.deepcopy(layer) for _ in range(copies_of(nbytes, limit) - 1)]
-    return _by_matrix(copies, values, weight, nbytes)
+    return copies, values, nbytes
 
 
 def torchao_int4(weight: Tensor, limit: int | None = None) -> Operand:
@@ -144,14 +158,14 @@ def _torchao(weight: Tensor, config: object) -> nn.Linear:
 
 def _torchao_operand(layer: nn.Linear, values: Tensor, weight: Tensor, nbytes: int, limit: int | None) -> Operand:
     copies = [layer.weight.detach().clone() for _ in range(copies_of(nbytes, limit))]
-    return _by_matrix([partial(_linear, weight=each) for each in copies], values, weight, nbytes)
+    return by_matrix([partial(_linear, weight=each) for each in copies], values, weight, nbytes)
 
 
 def gemlite(weight: Tensor, limit: int | None = None) -> Operand:
     """MXFP4 with the codes and scales of our quantiser. Kernels are chosen by its own "fast" tuning."""
     from gemlite.helper import A16W4_MXFP
 
-    packed, nbytes, error = _packed(weight, "mxfp4")
+    packed, nbytes, error = packed_of(weight, "mxfp4")
     _tune_briefly()
     processor = A16W4_MXFP(device=weight.device, dtype=weight.dtype)
     layers = [
