@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_model.ops.fp4.format import MXFP4, NVFP4, Format, PackedWeight, pack, row_blocks, row_bytes, unpack
+from apt_model.ops.fp4.naive import e4m3_unit
 
 TILE_ROWS = 64
 # Counters a tile: one for each group of rows of x that a launch may have.
@@ -48,7 +49,7 @@ class Shuffled(NamedTuple):
     words: Tensor  # int32 [n, G, c, w, g, t, j]: eight codes each
     scales: Tensor  # int32 [n, G, c, w, g, 2 (nvfp4) or 1 (mxfp4)]: rows g and g + 8 of two blocks each
     global_scale: Tensor | None  # float32 [1], as in `PackedWeight`
-    alpha: Tensor  # float32 [1]: what the sum is multiplied with
+    alpha: Tensor  # float32 [3]: what the sum is multiplied with; the same for codes in E4M3; and their unit
     counters: Tensor  # int32: zeros, which every launch leaves as it found them
     out_features: int
     in_features: int
@@ -107,8 +108,9 @@ def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) ->
     added = (0, blocks - scale.shape[1], 0, tiles * TILE_ROWS - packed.shape[0])
     scale, dead = F.pad(scale, added), F.pad(dead, added, value=True)
     scale, alpha = _nvfp4_scales(scale) if form == NVFP4 else _mxfp4_scales(scale, row_blocks(size, form))
-    if weight.global_scale is not None:
-        alpha = alpha / weight.global_scale
+    unit = e4m3_unit(weight)
+    alpha = torch.cat((alpha, unit))
+    alpha = torch.cat((alpha if weight.global_scale is None else alpha / weight.global_scale, unit))
     scales = _spread(scale.view(tiles, 4, 2, 8, groups, 4, -1, 2))
     words = torch.empty(tiles, groups, 4, 4, 8, 4, 4, dtype=torch.int32, device=packed.device)
     step = _SLAB_ROWS // TILE_ROWS
@@ -152,7 +154,7 @@ def unshuffle(order: Shuffled) -> PackedWeight:
             form.scale_dtype
         )
     else:
-        scale = (scale - (_MOVED_BY - torch.frexp(order.alpha).exponent)).to(torch.uint8)
+        scale = (scale - (_MOVED_BY - torch.frexp(order.alpha[:1]).exponent)).to(torch.uint8)
     scale = scale.view(torch.uint8)
     if order.gated:
         packed, scale = (take_turns_back(part, order.out_features) for part in (packed, scale))
