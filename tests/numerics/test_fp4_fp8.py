@@ -274,6 +274,38 @@ def test_the_launches_together(form, order, activation, biased, monkeypatch):
     assert error(got, expected) < (TOLERANCES["fp8_fast_sums"].relative if HAS_FP8 else 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("cublas", [False, True])
+def test_a_product_writes_its_columns_and_no_others(cublas, biased, dtype, monkeypatch):
+    if CUDA and not HAS_FP8:
+        pytest.skip("needs compute capability 8.9")
+    if not (cublas and HAS_FP8 and fp8._by_cublas(torch.device(DEVICE, 0))):
+        monkeypatch.setattr(fp8, "_by_cublas", lambda _: cublas and not CUDA)
+    x8, part = (rows_of(count, 64, torch.float32, seed).to(E4M3) for count, seed in ((20, 1), (32, 2)))
+    scales, rests = rows_of(20, 1, torch.float32, 3).abs() + 0.1, torch.full((1, 48), 0.25, device=DEVICE)
+    bias = rows_of(1, 32, dtype, 4)[0] if biased else None
+    out = torch.full((20, 80), 7.0, device=DEVICE, dtype=dtype)
+    fp8._product(fp8.Rows(x8, scales, rests), part, bias, out[:, 16:48])
+    expected = x8.double() @ part.double().T * scales * 0.25
+    expected = expected if bias is None else expected + bias.double()
+    assert error(out[:, 16:48], expected) < TOLERANCES["fp8_fast_sums"].relative
+    assert (out[:, :16] == 7).all()
+    assert (out[:, 48:] == 7).all()
+
+
+def test_where_the_product_is_cublas_s(monkeypatch):
+    for capability, toolkit, expected in (
+        ((9, 0), (13, 0), True), ((9, 0), (12, 9), True), ((9, 0), (12, 8), False), ((8, 9), (13, 0), False),
+        ((10, 0), (13, 0), False), ((12, 0), (13, 0), False),
+    ):  # fmt: skip
+        fp8._by_cublas.cache_clear()
+        monkeypatch.setattr(launch, "facts", lambda _, found=capability: (found, 100))
+        monkeypatch.setattr(fp8.CudaDevice, "toolkit", staticmethod(lambda found=toolkit: found))
+        assert fp8._by_cublas(torch.device("cuda", 0)) is expected
+    fp8._by_cublas.cache_clear()
+
+
 # What is chosen.
 
 

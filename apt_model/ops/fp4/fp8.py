@@ -3,6 +3,7 @@
 Needs matrix units for FP8. `naive.linear_in_e4m3` is the definition; README.md says what is rounded.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from apt_model.core.errors import DeviceError, InputError
 from apt_model.core.options import require
+from apt_model.core.system.cuda import CudaDevice
 from apt_model.ops.fp4 import launch, naive, slab
 from apt_model.ops.fp4.compiled import Compiled, known, on_device
 from apt_model.ops.fp4.layout import Shuffled, take_turns, take_turns_back
@@ -22,11 +24,11 @@ FP8_ROWS = 512
 # 128 inputs. Faster; tests/tolerances.py has what it costs.
 FAST_ACCUMULATION = True
 _ADA = (8, 9)
+# cuBLAS has scales of rows for Hopper from this version of CUDA on; elsewhere torch takes CUTLASS.
+_HOPPER, _SCALES_OF_ROWS = 9, (12, 9)
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What torch's product wants K and N to be multiples of.
 _MULTIPLE = 16
-# Scales are made for whole tiles: some of torch's kernels read them to the end of the last one (pytorch issue 133334).
-_TILE = 256
 # The widest row that a program holds, and values of it that a warp holds.
 _WIDEST, _PER_WARP = 32768, 1024
 
@@ -67,7 +69,7 @@ def explain(rows: int, device: torch.device, dtype: torch.dtype) -> str | None:
 def linear(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
     """act(x W^T + bias) for x [M, K] -> [M, N] (swiglu: [M, N / 2]), both operands in E4M3.
 
-    Beside the result this takes x in E4M3 and one slab.
+    Beside the result this takes x in E4M3 and one slab; and the slab's result where torch's product is not cuBLAS's.
     """
     (count, width), (rest, unit) = x.shape, _factors(weight)
     rows, across = slab.stored_rows(weight), _padded(width)
@@ -105,8 +107,8 @@ def quantize_rows(x: Tensor, rest: Tensor, columns: int) -> Rows:
     x = x if x.stride(1) == 1 else x.contiguous()
     (count, width), across, index = x.shape, _padded(x.shape[1]), x.device.index
     values = torch.empty(count, across, dtype=naive.E4M3, device=x.device)
-    begin = -(-count // _TILE) * _TILE
-    scales = torch.empty(begin + -(-columns // _TILE) * _TILE, device=x.device)
+    begin = -(-count // 4) * 4  # both begin at a multiple of 16 bytes
+    scales = torch.empty(begin + columns, device=x.device)
     rests = scales[begin:]
     size, once = block(across)
     share = 1 << (-(-columns // count) - 1).bit_length()
@@ -116,7 +118,7 @@ def quantize_rows(x: Tensor, rest: Tensor, columns: int) -> Rows:
         known(key, lambda: Compiled(rows_kernel, constants, num_warps=warps(size)))(
             (count, 1, 1), x, rest, values, scales, rests, width, across, x.stride(0), columns
         )
-    return Rows(values, scales[:count, None], rests[None, :columns])
+    return Rows(values, scales[:count, None], rests[None])
 
 
 def block(across: int) -> tuple[int, bool]:
@@ -134,15 +136,27 @@ def _product(x: Rows, part: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Write x part^T + bias into `out`, some columns of the result."""
     rests, fast = x.rests[:, : len(part)], FAST_ACCUMULATION
     product = torch._scaled_mm  # noqa: SLF001 - `torch.nn.functional.scaled_mm` has no `out`, and is not in 2.11
-    if out.dtype != torch.float32:
-        product(x.values, part.T, x.scales, rests, bias, out_dtype=out.dtype, use_fast_accum=fast, out=out)
+    if out.dtype == torch.float32:  # with scales of rows torch gives it on some GPUs only, and with a bias on none
+        rest = rests[:, :1]
+        product(x.values, part.T, rest, torch.ones_like(rest), out_dtype=out.dtype, use_fast_accum=fast, out=out)
+        out.mul_(x.scales)
+        if bias is not None:
+            out.add_(bias)
         return
-    # torch's product gives fp32 with a scale for each row on some GPUs only, and with a bias on none.
-    rest = rests[:, :1]
-    product(x.values, part.T, rest, torch.ones_like(rest), out_dtype=out.dtype, use_fast_accum=fast, out=out)
-    out.mul_(x.scales)
-    if bias is not None:
-        out.add_(bias)
+    target = out
+    if not _by_cublas(out.device):
+        # torch's CUTLASS kernels write rows side by side whatever the pitch of `out`, and bf16 where there is no bias.
+        target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+        bias = out.new_zeros(len(part)) if bias is None and out.dtype == torch.float16 else bias
+    product(x.values, part.T, x.scales, rests, bias, out_dtype=out.dtype, use_fast_accum=fast, out=target)
+    if target is not out:
+        out.copy_(target)
+
+
+@functools.cache
+def _by_cublas(device: torch.device) -> bool:
+    """Whether torch's product with scales of rows is cuBLAS's on `device`."""
+    return launch.facts(device.index)[0][0] == _HOPPER and CudaDevice.toolkit() >= _SCALES_OF_ROWS
 
 
 def _whole(out: Tensor, weight: Operand) -> Tensor:
