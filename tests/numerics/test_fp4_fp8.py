@@ -153,6 +153,19 @@ def test_a_weight_in_slabs_has_one_unit(monkeypatch):
     assert error(naive.linear_in_e4m3(x, alone), expected[:, :4]) > 0.01
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_torch_s_default_type_changes_no_number_of_an_order(form):
+    weight = packed(8, 64, form)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        alpha = shuffle(weight, torch.bfloat16).alpha
+        assert naive.e4m3_unit(weight).dtype == alpha.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(alpha, shuffle(weight, torch.bfloat16).alpha)
+
+
 # The kernels.
 
 

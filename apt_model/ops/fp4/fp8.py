@@ -108,7 +108,7 @@ def quantize_rows(x: Tensor, rest: Tensor, columns: int) -> Rows:
     (count, width), across, index = x.shape, _padded(x.shape[1]), x.device.index
     values = torch.empty(count, across, dtype=naive.E4M3, device=x.device)
     begin = -(-count // 4) * 4  # both begin at a multiple of 16 bytes
-    scales = torch.empty(begin + columns, device=x.device)
+    scales = torch.empty(begin + columns, dtype=torch.float32, device=x.device)
     rests = scales[begin:]
     size, once = block(across)
     share = 1 << (-(-columns // count) - 1).bit_length()

@@ -248,7 +248,7 @@ def _gather(scales: Tensor) -> Tensor:
 def _nvfp4_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 bytes -> bytes of s * 2^7 with 5 bits of exponent; and what takes the factors out again."""
     bits = (scale.view(NVFP4.scale_dtype).to(torch.float32) * _SCALE_FACTOR).to(torch.float16).view(torch.int16)
-    return (bits >> 7).to(torch.uint8), torch.full((1,), _SCALE_FACTOR, device=scale.device)
+    return (bits >> 7).to(torch.uint8), torch.full((1,), _SCALE_FACTOR, dtype=torch.float32, device=scale.device)
 
 
 def _mxfp4_scales(scale: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
@@ -257,5 +257,7 @@ def _mxfp4_scales(scale: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     move = torch.minimum(torch.full_like(largest, _E8M0_MOVE), 254 - largest)
     moved = (scale.to(torch.int32) + move).clamp(1, 254)
     # A code is taken 2^126 too small, the scale 2^move too large.
-    alpha = torch.ldexp(torch.ones(1, device=scale.device), (126 - move).view(1))  # frexp's exponent is one more
+    alpha = torch.ldexp(
+        torch.ones(1, dtype=torch.float32, device=scale.device), (126 - move).view(1)
+    )  # frexp's exponent is one more
     return moved.to(torch.uint8), alpha

@@ -89,7 +89,7 @@ def e4m3_unit(weight: PackedWeight) -> Tensor:
     8 in nvfp4. In mxfp4 64 times below the largest scale of the whole weight, so that this one becomes 2^6.
     """
     if weight.format != MXFP4:
-        return torch.full((1,), _NVFP4_UNIT, device=weight.device)
+        return torch.full((1,), _NVFP4_UNIT, dtype=torch.float32, device=weight.device)
     scale = weight.scale.masked_fill(weight.scale == _E8M0_NAN, 0)
     exponent = (scale.amax().view(1).to(torch.int32) - _MXFP4_PLACES).clamp_min(1)
     return (exponent << 23).view(torch.float32)
