@@ -28,6 +28,8 @@ class AptFP4Config(QuantizationConfigMixin):  # type: ignore[misc]  # Any to myp
     modules_to_not_convert: tuple[str, ...] = ()
     """What stays as it is beside heads, routers and tied weights: patterns (*, ?), each held against every run of whole
     parts of a module's dotted name, as in "visual", "layers.0.mlp", "layers.*.down_proj"."""
+    activation_dtype: Literal["fp8"] | None = None
+    """fp8: products of many rows are in FP8, as `FusedFP4Linear` says. Files are the same; config.json keeps it."""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for the first value that cannot be met."""
@@ -40,11 +42,15 @@ class AptFP4Config(QuantizationConfigMixin):  # type: ignore[misc]  # Any to myp
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """What config.json says; an error names what this version does not read, or does not know."""
-        form, known = read_format(config_dict, "config.json"), quantization_config("nvfp4", ())
+        form, known = read_format(config_dict, "config.json"), {*quantization_config("nvfp4", ()), "activation_dtype"}
         for name in config_dict:
             if name not in known:
                 raise unknown_name(name, known, "AptFP4Config")
-        made = cls(format=form, modules_to_not_convert=tuple(config_dict.get("modules_to_not_convert") or ()))  # type: ignore[arg-type]
+        made = cls(
+            format=form,  # type: ignore[arg-type]  # `read_format` checks it
+            modules_to_not_convert=tuple(config_dict.get("modules_to_not_convert") or ()),
+            activation_dtype=config_dict.get("activation_dtype"),
+        )
         if return_unused_kwargs:
             return made, kwargs
         if kwargs:
@@ -53,7 +59,8 @@ class AptFP4Config(QuantizationConfigMixin):  # type: ignore[misc]  # Any to myp
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json gets."""
-        return quantization_config(self.format, self.modules_to_not_convert)
+        run_time = {} if self.activation_dtype is None else {"activation_dtype": self.activation_dtype}
+        return {**quantization_config(self.format, self.modules_to_not_convert), **run_time}
 
     def without(self, names: tuple[str, ...]) -> Self:
         """The same, with these modules left as they are."""

@@ -83,7 +83,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def pack_module(model: nn.Module, name: str, form: str) -> PackedModule:
+def pack_module(model: nn.Module, name: str, form: str, activation_dtype: str | None = None) -> PackedModule:
     """Put a packed module in the place of the one called `name`, its weights as they are: on meta, nothing is made."""
     module = model.get_submodule(name)
     if isinstance(module, PackedModule):
@@ -91,11 +91,12 @@ def pack_module(model: nn.Module, name: str, form: str) -> PackedModule:
     made: PackedModule
     if isinstance(module, nn.Linear) or is_conv1d(module):
         weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
-        made = FusedFP4Linear.from_weight(weight if isinstance(module, nn.Linear) else weight.mT, bias, format=form)
+        rows_first = weight if isinstance(module, nn.Linear) else weight.mT
+        made = FusedFP4Linear.from_weight(rows_first, bias, format=form, activation_dtype=activation_dtype)
         made.is_conv1d = is_conv1d(module)  # in files its weight has its inputs first
         model.set_submodule(name, made.train(module.training))
     else:
-        made = pack_experts(module, format=form)
+        made = pack_experts(module, format=form, activation_dtype=activation_dtype)
     made._is_hf_initialized = True  # transformers would draw its weights
     return made
 

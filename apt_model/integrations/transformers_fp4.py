@@ -88,9 +88,13 @@ class AptFP4HfQuantizer(HfQuantizer):  # type: ignore[misc]  # Any to mypy
         self._waiting = {name: each for each in chosen for name in each.full_names}
         if self.pre_quantized:
             for each in chosen:
-                pack_module(model, each.name, config.format)
+                self._pack(model, each.name)
             self._waiting = {}
             self._names = names_in(checkpoint_files)
+
+    def _pack(self, model: nn.Module, name: str) -> PackedModule:
+        config = self.quantization_config
+        return pack_module(model, name, config.format, config.activation_dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Experts that files hold one by one: their packed tensors are stacked as their weights would be."""
@@ -117,7 +121,7 @@ class AptFP4HfQuantizer(HfQuantizer):  # type: ignore[misc]  # Any to mypy
             for each in candidate.weights:  # on meta, in the type that the values come in
                 held = plain.get_parameter(each)
                 plain.register_parameter(each, nn.Parameter(torch.empty_like(held, device="meta", dtype=weight.dtype)))
-        module = pack_module(model, candidate.name, self.quantization_config.format)
+        module = self._pack(model, candidate.name)
         if is_new and missing is not None:
             missing.difference_update(candidate.full_names)
             missing.update(part_names(module, candidate.name))
@@ -156,7 +160,7 @@ class AptFP4HfQuantizer(HfQuantizer):  # type: ignore[misc]  # Any to mypy
                 continue
             held = next(each for each in self._waiting.values() if each.name == name)
             if all(getattr(module.get_parameter(each), "_is_hf_initialized", False) for each in held.weights):
-                pack_module(model, name, self.quantization_config.format)
+                self._pack(model, name)
                 _mark(model.get_submodule(name))
             else:
                 self.report.kept[name] = "not in the files, and newly drawn"

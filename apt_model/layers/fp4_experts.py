@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from apt_model.core.errors import InputError
+from apt_model.core.options import require
 from apt_model.layers.packed import PackedModule, check_dtype, pack
 from apt_model.layers.packed_products import dequantize_in_slabs
-from apt_model.ops.fp4 import get_format
+from apt_model.ops.fp4 import ACTIVATION_DTYPES, get_format
 
 # Hugging Face's names for such parameters.
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -21,13 +22,15 @@ class FP4Experts(PackedModule):
     Forward is the module's own. It finds a `PackedView` [E, ..., ...] where its 3-D parameter was: `weight[expert]`
     unpacks nothing, a product with one expert's weight is the fused one, bmm and grouped_mm go expert by expert. A
     forward that reads the whole stack in another way gets all of it dequantised for as long as it holds it.
-    Each expert has a global scale of its own.
+    Each expert has a global scale of its own. With `activation_dtype` "fp8" the product of an expert with many rows of
+    its own is in FP8; not while torch.compile traces, which gets the stack dequantised.
     """
 
     def extra_repr(self) -> str:
         """The format, and what is packed, for `print(model)`."""
         packed = ", ".join(f"{name}={list(slot.seen_shape)}" for name, slot in self.slots.items())
-        return ", ".join(part for part in (super().extra_repr(), packed, f"format={self.format!r}") if part)
+        fp8 = f"activation_dtype={self.activation_dtype!r}" if self.activation_dtype else ""
+        return ", ".join(part for part in (super().extra_repr(), packed, f"format={self.format!r}", fp8) if part)
 
 
 def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -37,15 +40,22 @@ def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: each for name, each in found.items() if each is not None and each.dim() == 3}
 
 
-def pack_experts(module: nn.Module, *, format: str = "nvfp4") -> FP4Experts:  # noqa: A002 - as in FusedFP4Linear
+def pack_experts(
+    module: nn.Module,
+    *,
+    format: str = "nvfp4",  # noqa: A002 - as in FusedFP4Linear
+    activation_dtype: str | None = None,
+) -> FP4Experts:
     """Quantise the 3-D weights of `module` in place, each expert on its own; returns the same module.
 
     The blocks run along each weight's input side. Which one it is, `module.is_transposed` says, or the shapes.
+    `activation_dtype` is that of `FusedFP4Linear`, for each expert by the number of its own rows.
 
     Raises:
         InputError: there are no such weights, their types differ, or the input side cannot be told.
     """
     get_format(format)
+    require(activation_dtype in ACTIVATION_DTYPES, "pack_experts.activation_dtype", "None or 'fp8'", activation_dtype)
     weights = expert_weights(module)
     if not weights or isinstance(module, PackedModule):
         raise InputError(f"pack_experts: {type(module).__name__} holds no 3-D parameter {' or '.join(EXPERT_WEIGHTS)}")
@@ -61,6 +71,7 @@ def pack_experts(module: nn.Module, *, format: str = "nvfp4") -> FP4Experts:  # 
     module.__class__ = _packed_class(type(module), tuple(packed))  # type: ignore[arg-type]  # classes have hashes
     assert isinstance(module, FP4Experts)
     module.format, module.dtype, module.slots, module.orders = format, dtype, {}, {}
+    module.activation_dtype = activation_dtype
     for name, weight in packed.items():
         module.add_packed(name, weight, swapped=swapped)
     return module
@@ -75,7 +86,7 @@ def unpack_experts(module: FP4Experts, dtype: torch.dtype | None = None) -> nn.M
         whole[name] = values.mT.contiguous() if slot.swapped else values
         for part in ("packed", "scale", "global_scale"):
             delattr(module, f"{name}_{part}")
-    for name in ("format", "dtype", "slots", "orders"):
+    for name in ("format", "dtype", "slots", "orders", "activation_dtype"):
         delattr(module, name)
     plain: nn.Module = module
     plain.__class__ = type(module).__bases__[1]

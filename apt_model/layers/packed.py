@@ -72,6 +72,7 @@ class PackedModule(nn.Module):
     format: str
     dtype: torch.dtype
     slots: dict[str, Slot]
+    activation_dtype: str | None = None  # "fp8": products of many rows are in FP8
     is_sharded = False  # by FSDP
     fixed: frozenset[str] = frozenset()  # weights whose bytes the kernels' order cannot hold
     orders: dict[str, Shuffled]  # of the weights whose parameters are in the kernels' order
@@ -213,7 +214,7 @@ class PackedModule(nn.Module):
         slot = self.slots[name]
         weight = self.operand(name, self.dtype) if reordered else self._order(name) or self.packed_weight(name)
         if not torch.compiler.is_compiling():
-            return PackedView(weight, self.dtype, swapped=slot.swapped)
+            return PackedView(weight, self.dtype, swapped=slot.swapped, activation_dtype=self.activation_dtype)
         values = dequantize_in_slabs(weight, self.dtype)
         return values.mT if slot.swapped else values
 

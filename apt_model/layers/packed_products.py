@@ -22,27 +22,35 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-def fused_linear(x: Tensor, weight: Operand, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def fused_linear(
+    x: Tensor,
+    weight: Operand,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    activation_dtype: str | None = None,
+) -> Tensor:
     """`ops.fp4.linear` as a layer calls it: under autocast `x` is cast as for `nn.Linear`, and sums stay in fp32."""
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return fp4.linear(x, weight, bias, activation)
+        return fp4.linear(x, weight, bias, activation, activation_dtype)
     x = x.to(product_dtype(x)) if x.is_floating_point() else x
     with torch.autocast(kind, enabled=False):
-        return fp4.linear(x, weight, bias, activation)
+        return fp4.linear(x, weight, bias, activation, activation_dtype)
 
 
-def batched(x_ETK: Tensor, weight: Operand) -> Tensor:
+def batched(x_ETK: Tensor, weight: Operand, activation_dtype: str | None = None) -> Tensor:
     """Each expert's rows through its own weight of [E, N, K] -> [E, T, N]."""
-    return torch.stack([fused_linear(x_TK, each) for x_TK, each in zip(x_ETK, experts(weight), strict=True)])
+    pairs = zip(x_ETK, experts(weight), strict=True)
+    return torch.stack([fused_linear(x_TK, each, activation_dtype=activation_dtype) for x_TK, each in pairs])
 
 
-def grouped(x_SK: Tensor, weight: Operand, ends_E: Tensor) -> Tensor:
+def grouped(x_SK: Tensor, weight: Operand, ends_E: Tensor, activation_dtype: str | None = None) -> Tensor:
     """Rows up to `ends_E[e]` through expert e, one after another -> [S, N]; rows past the last end give zero."""
     parts, start = [], 0
     for expert, end in enumerate(ends_E.tolist()):
         if end > start:
-            parts.append(fused_linear(x_SK[start:end], weight.picked(expert)))
+            rows_TK = x_SK[start:end]
+            parts.append(fused_linear(rows_TK, weight.picked(expert), activation_dtype=activation_dtype))
             start = end
     dtype = parts[0].dtype if parts else x_SK.dtype
     return torch.cat([*parts, x_SK.new_zeros(len(x_SK) - start, weight.shape[-2], dtype=dtype)])

@@ -36,17 +36,20 @@ class PackedView(Tensor):
 
     source: Operand
     swapped: bool  # [..., K, N] instead of [..., N, K]
+    activation_dtype: str | None  # of products with it, as `ops.fp4.linear` takes it
 
-    def __new__(cls, weight: Operand, dtype: torch.dtype, *, swapped: bool = False) -> Self:
+    def __new__(
+        cls, weight: Operand, dtype: torch.dtype, *, swapped: bool = False, activation_dtype: str | None = None
+    ) -> Self:
         """A view in `dtype`, [..., N, K], or [..., K, N] where `swapped`."""
         *lead, rows, width = weight.shape
         shape = (*lead, width, rows) if swapped else (*lead, rows, width)
         made: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=weight.device)
-        made.source, made.swapped = weight, swapped
+        made.source, made.swapped, made.activation_dtype = weight, swapped, activation_dtype
         return made
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("source", "swapped", "_is_param") or name.startswith("__"):
+        if name in ("source", "swapped", "activation_dtype", "_is_param") or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.source[0], name)
 
@@ -60,7 +63,7 @@ class PackedView(Tensor):
 
     def view_of(self, weight: Operand, *, swap: bool = False) -> "PackedView":
         """A view like this one, of another weight or with its last two dimensions swapped."""
-        return PackedView(weight, self.dtype, swapped=self.swapped ^ swap)
+        return PackedView(weight, self.dtype, swapped=self.swapped ^ swap, activation_dtype=self.activation_dtype)
 
     @classmethod
     def __torch_function__(
@@ -129,13 +132,14 @@ def _swaps_last_two(func: Any, args: Sequence[Any]) -> bool:
 def _short_way(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
     """The result where `func` multiplies with a packed weight or indexes a stack, else None."""
     if func is F.linear and _multiplies(args, rank=2, swapped=False):
-        return fused_linear(args[0], args[1].source, args[2] if len(args) > 2 else kwargs.get("bias"))
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        return fused_linear(args[0], args[1].source, bias, activation_dtype=args[1].activation_dtype)
     if func in _PRODUCTS and not kwargs and _multiplies(args, rank=2, swapped=True):
-        return fused_linear(args[0], args[1].source)
+        return fused_linear(args[0], args[1].source, activation_dtype=args[1].activation_dtype)
     if func in _PRODUCTS and not kwargs and _multiplies(args, rank=3, swapped=True) and args[0].dim() == 3:
-        return batched(args[0], args[1].source)
+        return batched(args[0], args[1].source, args[1].activation_dtype)
     if func is torch._grouped_mm and _multiplies(args, rank=3, swapped=True) and kwargs.get("offs") is not None:
-        out = grouped(args[0], args[1].source, kwargs["offs"])
+        out = grouped(args[0], args[1].source, kwargs["offs"], args[1].activation_dtype)
         out = out if kwargs.get("bias") is None else out + kwargs["bias"]
         return out.to(kwargs.get("out_dtype") or out.dtype)
     if func == Tensor.__getitem__ and args[0].dim() > 2 and _is_index(args[1]):

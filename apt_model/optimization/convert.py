@@ -19,7 +19,7 @@ from apt_model.optimization.fp4_config import FP4Config, QuantizeReport, Skipped
 Model = TypeVar("Model", bound=nn.Module)
 LOG = logging.getLogger(__name__)
 # What a packed layer has and a plain one does not.
-_OF_PACKED = ("format", "dtype", "slots", "orders", "activation")
+_OF_PACKED = ("format", "dtype", "slots", "orders", "activation", "activation_dtype")
 
 
 def quantize(
@@ -59,7 +59,7 @@ def quantize(
             continue
         trainable = sum(each.module.get_parameter(name).requires_grad for name in each.weights)
         try:
-            model = _replace(model, places[id(each.module)], _quantized(each.module, config.format))
+            model = _replace(model, places[id(each.module)], _quantized(each.module, config))
         except InputError as error:
             skipped.append(Skipped(each.name, error.message, each.skipped().size))
             continue
@@ -74,6 +74,7 @@ def quantize(
         frozen=frozen,
         bytes_before=before,
         bytes_after=_bytes(model),
+        activation_dtype=config.activation_dtype,
     )
     (report or _log)(made)
     return model
@@ -114,14 +115,16 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
     return model
 
 
-def _quantized(module: nn.Module, form: str) -> nn.Module:
+def _quantized(module: nn.Module, config: FP4Config) -> nn.Module:
+    form, activation_dtype = config.format, config.activation_dtype
     if isinstance(module, nn.Embedding):
         return _carry(module, FusedFP4Embedding.from_embedding(module, format=form))
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
-        return pack_experts(module, format=form)
+        return pack_experts(module, format=form, activation_dtype=activation_dtype)
     weight, bias = module.get_parameter("weight"), module.bias
     assert bias is None or isinstance(bias, nn.Parameter)
-    layer = FusedFP4Linear.from_weight(weight if isinstance(module, nn.Linear) else weight.mT, bias, format=form)
+    rows_first = weight if isinstance(module, nn.Linear) else weight.mT
+    layer = FusedFP4Linear.from_weight(rows_first, bias, format=form, activation_dtype=activation_dtype)
     return _carry(module, layer)
 
 

@@ -17,6 +17,10 @@ class FP4Config:
     "lm_head", "visual", "layers.0.mlp", "layers.*.down_proj"."""
     embeddings: bool = False
     """Whether `nn.Embedding` is quantised too, unless it is tied. Off, as quantised token tables cost some quality."""
+    activation_dtype: Literal["fp8"] | None = None
+    """fp8: where a product has many rows of input, they are rounded to E4M3, and the weight for them too: faster, and
+    less exact (`FusedFP4Linear`). GPUs below compute capability 8.9 refuse. Linear layers and experts have it, experts
+    not while torch.compile traces. None: inputs are taken as they are."""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for the first value that cannot be met."""
@@ -53,10 +57,14 @@ class QuantizeReport:
     """Of all parameters and buffers."""
     bytes_after: int
     """The same, afterwards."""
+    activation_dtype: str | None = None
+    """That of the config."""
 
     def __str__(self) -> str:
         sizes = f"{size_text(self.bytes_before)} -> {size_text(self.bytes_after)} in parameters and buffers"
         lines = [f"{self.format}: {len(self.quantized)} modules quantised, {sizes}"]
+        if self.activation_dtype:
+            lines.append(f"products of many rows: in {self.activation_dtype} (experts: not while torch.compile traces)")
         if self.frozen:
             lines.append(f"frozen now, trainable before: {self.frozen} weights")
         for what, left in (

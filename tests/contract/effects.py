@@ -178,9 +178,11 @@ EFFECTS: dict[type, dict[str, list[Effect]]] = {
         "format": [Effect("mxfp4", see.packed)],
         "skip": [Effect(("in_proj", "decoder_layers.1"), see.packed)],
         "embeddings": [Effect(True, see.packed)],
+        "activation_dtype": [Effect("fp8", see.packed_for_many_rows)],
     },
     AptFP4Config: {
         "format": [Effect("mxfp4", see.loaded)],
         "modules_to_not_convert": [Effect(("layers.0", "k_proj"), see.loaded)],
+        "activation_dtype": [Effect("fp8", see.loaded_for_many_rows)],
     },
 }

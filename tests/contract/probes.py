@@ -31,6 +31,7 @@ from apt_model.modeling import apt_model as model_module
 from apt_model.modeling.apt_model import APTModel
 from apt_model.modeling.generation_config import GenerationConfig
 from apt_model.modeling.tokenizer import Tokenizer
+from apt_model.ops.fp4 import FP8_ROWS
 from apt_model.optimization.convert import quantize
 from apt_model.optimization.fp4_config import FP4Config
 from apt_model.trainer.config import DataConfig, GradientConfig, TrainConfig
@@ -393,9 +394,34 @@ def packed(options: Options) -> Any:
         return [(name, *held.shape) for name, held in model.named_parameters()], digest(_forward(model))
 
 
+def packed_for_many_rows(options: Options) -> str:
+    """What a quantised layer makes of many rows."""
+    torch.manual_seed(0)
+    model = quantize(nn.Sequential(nn.Linear(32, 16)), FP4Config(**options), report=lambda _: None)
+    return _of_many_rows(model[0])
+
+
+def _of_many_rows(layer: nn.Module) -> str:
+    with torch.no_grad():
+        return digest(layer(noise(FP8_ROWS, 32)))
+
+
 def loaded(options: Options) -> Any:
     """The same of a transformers model that is quantised while it is loaded."""
-    from hf_models import ids, llama
+    from hf_models import ids
+
+    model = _loaded(options)
+    with torch.no_grad():
+        return [(name, *held.shape) for name, held in model.named_parameters()], digest(model(**ids(model)).logits)
+
+
+def loaded_for_many_rows(options: Options) -> str:
+    """What a layer of such a model makes of many rows."""
+    return _of_many_rows(_loaded(options).model.layers[0].mlp.up_proj)
+
+
+def _loaded(options: Options) -> Any:
+    from hf_models import llama
 
     from apt_model.integrations import AptFP4Config
 
@@ -403,9 +429,7 @@ def loaded(options: Options) -> Any:
     with _empty_folder() as folder:
         plain = llama()
         plain.save_pretrained(folder)
-        model = type(plain).from_pretrained(folder, quantization_config=AptFP4Config(**options))
-        with torch.no_grad():
-            return [(name, *held.shape) for name, held in model.named_parameters()], digest(model(**ids(model)).logits)
+        return type(plain).from_pretrained(folder, quantization_config=AptFP4Config(**options))
 
 
 # --- the policy

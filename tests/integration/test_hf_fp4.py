@@ -397,3 +397,25 @@ def test_our_own_folders_of_the_command_line_open(tmp_path):
         assert any(isinstance(each, PackedModule) for each in opened.modules())
         error = (logits(opened) - logits(model)).norm() / logits(model).norm()
         assert error < 0.15
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixtral", "gpt2"])
+def test_fp8_activations_are_kept_in_config_json_and_by_every_module(kind, tmp_path):
+    model = quantized(tmp_path, kind, activation_dtype="fp8")
+    model.save_pretrained(tmp_path / "fp4")
+    assert (
+        json.loads((tmp_path / "fp4" / "config.json").read_text())["quantization_config"]["activation_dtype"] == "fp8"
+    )
+    again = type(model).from_pretrained(tmp_path / "fp4")
+    for each in (model, again):
+        packed = [module for module in each.modules() if isinstance(module, PackedModule)]
+        assert packed
+        assert all(module.activation_dtype == "fp8" for module in packed)
+    assert open_fp4(tmp_path / "fp4").weights, "the command line reads the folder too"
+
+
+def test_without_it_config_json_is_as_before(dense):
+    text = (dense / "config.json").read_text()
+    assert "activation_dtype" not in text
+    with pytest.raises(ConfigError, match=r"AptFP4Config\.activation_dtype: expected one of 'fp8' or None, got 'fp4'"):
+        AptFP4Config.from_dict({**json.loads(text)["quantization_config"], "activation_dtype": "fp4"})

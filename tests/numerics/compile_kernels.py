@@ -12,10 +12,11 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from apt_model.ops.fp4 import launch
+from apt_model.ops.fp4 import fp8, launch
 from apt_model.ops.fp4.fused_quantize import tile
 from apt_model.ops.fp4.kernel_decode import decode_kernel
 from apt_model.ops.fp4.kernel_quantize import quantize_kernel
+from apt_model.ops.fp4.kernel_rows import rows_kernel
 from apt_model.ops.fp4.kernel_tile import tile_kernel
 from apt_model.ops.fp4.kernel_unpack import unpack_kernel, unpack_order_kernel
 from apt_model.ops.fp4.tables import Decode, Tile
@@ -55,8 +56,11 @@ def fp4_quantize_variants():
         yield quantize_kernel, signature, constants, {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def fp4_unpack_variants():
-    for out, (block, divisor) in itertools.product(("bf16", "fp16", "fp32"), [(16, True), (32, False)]):
+def fp4_unpack_variants(*, fp8=False):
+    kinds = [("fp8e4nv", 16, True), ("fp8e4nv", 32, True)] if fp8 else [
+        (out, *kind) for out, kind in itertools.product(("bf16", "fp16", "fp32"), [(16, True), (32, False)])
+    ]  # fmt: skip
+    for out, block, divisor in kinds:
         signature = {
             "packed_ptr": "*u8", "scale_ptr": "*u8", "divisor_ptr": "*fp32", "out_ptr": f"*{out}",
             **dict.fromkeys(("width", "packed_stride", "scale_stride", "out_stride"), "i32"),
@@ -68,6 +72,17 @@ def fp4_unpack_variants():
             **dict.fromkeys(("rows", "width", "out_stride", "chunks", "first_tile", "first_chunk"), "i32"),
         }  # fmt: skip
         yield unpack_order_kernel, signature, {"BLOCK": block, "FP16": out == "fp16", "HAS_DIVISOR": divisor}, {}
+
+
+def fp8_rows_variants():
+    for x, width in (("bf16", 768), ("bf16", 8192), ("fp32", 32768), ("fp16", 40000)):
+        block, once = fp8.block(width)
+        signature = {
+            "x_ptr": f"*{x}", "rest_ptr": "*fp32", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "rest_out_ptr": "*fp32",
+            **dict.fromkeys(("width", "out_width", "row_stride", "count"), "i32"),
+        }  # fmt: skip
+        constants = {"BLOCK": block, "ONCE": once, "SHARE": 2}
+        yield rows_kernel, signature, constants, {"num_warps": fp8.warps(block)}
 
 
 def fp4_product_variants(capability):
@@ -121,6 +136,8 @@ def main(name: str) -> None:
     backend, _, arch = name.partition(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     variants = [*left_spin_variants(), *fp4_quantize_variants(), *fp4_unpack_variants()]
+    if backend == "cuda" and int(arch) >= 89:  # Triton has E4M3 from there on
+        variants += [*fp8_rows_variants(), *fp4_unpack_variants(fp8=True)]
     if backend == "cuda":
         variants += fp4_product_variants(int(arch))
     for kernel, signature, constants, options in variants:

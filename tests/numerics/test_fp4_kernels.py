@@ -96,7 +96,7 @@ def undone(order):
         scale = _half(pairs >> (16 * r), order.dtype).unsqueeze(5)
         product = value * scale
         assert torch.equal(product.to(order.dtype).double(), product), "code times scale is exact"
-        out[:, :, r, :, :, :, :, h, :, i] = (product * order.alpha.double()).permute(0, 3, 4, 1, 2, 6, 5)
+        out[:, :, r, :, :, :, :, h, :, i] = (product * order.alpha[0].double()).permute(0, 3, 4, 1, 2, 6, 5)
     return out.reshape(tiles * 64, groups * 256)
 
 

@@ -21,4 +21,5 @@ def test_every_kernel_compiles(target, tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("step_kernel", "quantize_kernel", "unpack_kernel"))
     assert ("decode_kernel" in done.stdout) == target.startswith("cuda")
+    assert ("rows_kernel" in done.stdout) == (target in ("cuda:90", "cuda:100", "cuda:120"))
     assert ("tile_kernel" in done.stdout) == (target == "cuda:90")

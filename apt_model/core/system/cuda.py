@@ -127,6 +127,11 @@ class CudaDevice(Device):
         return statistics.median(times)
 
     @staticmethod
+    def toolkit() -> tuple[int, ...]:
+        """The version of CUDA, and so of NVIDIA's libraries, that torch was built with; () for ROCm."""
+        return tuple(map(int, torch.version.cuda.split("."))) if torch.version.cuda else ()
+
+    @staticmethod
     def is_capturing() -> bool:
         """Whether the current stream records a CUDA graph."""
         return torch.cuda.is_current_stream_capturing()

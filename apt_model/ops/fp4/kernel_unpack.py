@@ -28,6 +28,15 @@ def scale_value(byte, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def divided(scale, divisor_ptr, out_ptr):
+    """What a scale stands for; in E4M3 it is divided by a unit that is a power of two, so that one division serves."""
+    divisor = tl.load(divisor_ptr)
+    if out_ptr.dtype.element_ty.is_fp8():
+        return scale * tl.div_rn(1.0, divisor)
+    return tl.div_rn(scale, divisor)
+
+
+@triton.jit
 def unpack_kernel(
     packed_ptr, scale_ptr, divisor_ptr, out_ptr, width, packed_stride, scale_stride, out_stride,
     BLOCK: tl.constexpr, HAS_DIVISOR: tl.constexpr, BYTES: tl.constexpr,
@@ -39,7 +48,7 @@ def unpack_kernel(
     scale = tl.load(scale_ptr + row * scale_stride + at * 2 // BLOCK, mask=at * 2 < width, other=0).to(tl.int32)
     scale = scale_value(scale, BLOCK)
     if HAS_DIVISOR:
-        scale = tl.div_rn(scale, tl.load(divisor_ptr))
+        scale = divided(scale, divisor_ptr, out_ptr)
     values = tl.join(code_value(byte & 15) * scale, code_value(byte >> 4) * scale)
     column = at[:, None] * 2 + tl.arange(0, 2)[None, :]
     tl.store(out_ptr + row * out_stride + column, values.to(out_ptr.dtype.element_ty), mask=column < width)
@@ -77,7 +86,7 @@ def unpack_order_kernel(
         moved = 253 - (tl.load(alpha_ptr).to(tl.int32, bitcast=True) >> 23)
         scale = scale_value(tl.maximum(s - moved, 0), BLOCK)
     if HAS_DIVISOR:
-        scale = tl.div_rn(scale, tl.load(divisor_ptr))
+        scale = divided(scale, divisor_ptr, out_ptr)
     scale = scale.reshape([2, 4, 8, PER // 2, 2, 2]).permute([0, 1, 2, 3, 5, 4])  # c w g place b r
     scale = (
         scale.reshape([2, 4, 8, PER, 1, 2]).broadcast_to([2, 4, 8, PER, 4 // PER, 2]).reshape([2, 4, 8, 1, 4, 1, 2, 1])

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_model.ops.fp4.format import MXFP4, NVFP4, Format, PackedWeight, pack, row_blocks, row_bytes, unpack
+from apt_model.ops.fp4.naive import e4m3_unit
 
 TILE_ROWS = 64
 # Counters a tile: one for each group of rows of x that a launch may have.
@@ -48,7 +49,7 @@ class Shuffled(NamedTuple):
     words: Tensor  # int32 [n, G, c, w, g, t, j]: eight codes each
     scales: Tensor  # int32 [n, G, c, w, g, 2 (nvfp4) or 1 (mxfp4)]: rows g and g + 8 of two blocks each
     global_scale: Tensor | None  # float32 [1], as in `PackedWeight`
-    alpha: Tensor  # float32 [1]: what the sum is multiplied with
+    alpha: Tensor  # float32 [3]: what the sum is multiplied with; the same for codes in E4M3; and their unit
     counters: Tensor  # int32: zeros, which every launch leaves as it found them
     out_features: int
     in_features: int
@@ -107,8 +108,9 @@ def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) ->
     added = (0, blocks - scale.shape[1], 0, tiles * TILE_ROWS - packed.shape[0])
     scale, dead = F.pad(scale, added), F.pad(dead, added, value=True)
     scale, alpha = _nvfp4_scales(scale) if form == NVFP4 else _mxfp4_scales(scale, row_blocks(size, form))
-    if weight.global_scale is not None:
-        alpha = alpha / weight.global_scale
+    unit = e4m3_unit(weight)
+    alpha = torch.cat((alpha, unit))
+    alpha = torch.cat((alpha if weight.global_scale is None else alpha / weight.global_scale, unit))
     scales = _spread(scale.view(tiles, 4, 2, 8, groups, 4, -1, 2))
     words = torch.empty(tiles, groups, 4, 4, 8, 4, 4, dtype=torch.int32, device=packed.device)
     step = _SLAB_ROWS // TILE_ROWS
@@ -152,7 +154,7 @@ def unshuffle(order: Shuffled) -> PackedWeight:
             form.scale_dtype
         )
     else:
-        scale = (scale - (_MOVED_BY - torch.frexp(order.alpha).exponent)).to(torch.uint8)
+        scale = (scale - (_MOVED_BY - torch.frexp(order.alpha[:1]).exponent)).to(torch.uint8)
     scale = scale.view(torch.uint8)
     if order.gated:
         packed, scale = (take_turns_back(part, order.out_features) for part in (packed, scale))
@@ -246,7 +248,7 @@ def _gather(scales: Tensor) -> Tensor:
 def _nvfp4_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 bytes -> bytes of s * 2^7 with 5 bits of exponent; and what takes the factors out again."""
     bits = (scale.view(NVFP4.scale_dtype).to(torch.float32) * _SCALE_FACTOR).to(torch.float16).view(torch.int16)
-    return (bits >> 7).to(torch.uint8), torch.full((1,), _SCALE_FACTOR, device=scale.device)
+    return (bits >> 7).to(torch.uint8), torch.full((1,), _SCALE_FACTOR, dtype=torch.float32, device=scale.device)
 
 
 def _mxfp4_scales(scale: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
@@ -255,5 +257,7 @@ def _mxfp4_scales(scale: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     move = torch.minimum(torch.full_like(largest, _E8M0_MOVE), 254 - largest)
     moved = (scale.to(torch.int32) + move).clamp(1, 254)
     # A code is taken 2^126 too small, the scale 2^move too large.
-    alpha = torch.ldexp(torch.ones(1, device=scale.device), (126 - move).view(1))  # frexp's exponent is one more
+    alpha = torch.ldexp(
+        torch.ones(1, dtype=torch.float32, device=scale.device), (126 - move).view(1)
+    )  # frexp's exponent is one more
     return moved.to(torch.uint8), alpha

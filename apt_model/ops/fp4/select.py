@@ -3,6 +3,8 @@
 In eager mode the operation is called directly; while torch.compile traces, it is the custom operator `apt::fp4_linear`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from apt_model.core.errors import InputError
 from apt_model.ops import HAS_TRITON
-from apt_model.ops.fp4 import launch, naive, slab
+from apt_model.ops.fp4 import fp8, launch, naive, slab
 from apt_model.ops.fp4.format import Format, PackedWeight
 from apt_model.ops.fp4.layout import Shuffled, unshuffle
 from apt_model.ops.fp4.slab import Operand
@@ -20,11 +22,18 @@ from apt_model.ops.fp4.tables import Decode
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "swiglu")
 
 
-def linear(x: Tensor, weight: Operand, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Operand,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    activation_dtype: str | None = None,
+) -> Tensor:
     """act(x W^T + bias) for x [..., K] and a weight [N, K] in 4 bits -> [..., N] in x's type (swiglu: [..., N / 2]).
 
     The fused kernels take weights in their own order (`shuffle`); a packed weight goes by way of unpacked slabs.
     Gradients flow to `x` and `bias`; the weight is frozen. With a gradient the activation is an operation of its own.
+    With `activation_dtype` "fp8" many rows of x, and the weight, are rounded to E4M3 (`fp8.py`): not for a gradient.
     """
     if not x.is_floating_point():
         raise InputError(f"fp4 linear: expected a float input, got {x.dtype}")
@@ -32,14 +41,15 @@ def linear(x: Tensor, weight: Operand, bias: Tensor | None = None, activation: s
         raise InputError(f"fp4 linear: expected x [..., {weight.in_features}], got {list(x.shape)}")
     if activation not in ACTIVATIONS:
         raise InputError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    fp8.check(activation_dtype, x.dtype)
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_gradient and activation is not None:
-        return naive.activate(linear(x, weight, bias), activation)
+        return naive.activate(linear(x, weight, bias, None, activation_dtype), activation)
     if torch.compiler.is_compiling():
-        return _operator(x, *_parts(weight), bias, activation)
+        return _operator(x, *_parts(weight), bias, activation, activation_dtype)
     if wants_gradient:
-        return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return _forward(x, weight, bias, activation)
+        return _Linear.apply(x, weight, bias, activation_dtype)  # type: ignore[no-untyped-call]
+    return _forward(x, weight, bias, activation, activation_dtype)
 
 
 def wants_order(form: Format, device: torch.device, dtype: torch.dtype) -> bool:
@@ -47,9 +57,21 @@ def wants_order(form: Format, device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and HAS_TRITON and launch.serves(form, device, dtype)
 
 
-def explain(rows: int, weight: Operand, dtype: torch.dtype, activation: str | None = None) -> str:
+def explain(
+    rows: int,
+    weight: Operand,
+    dtype: torch.dtype,
+    activation: str | None = None,
+    activation_dtype: str | None = None,
+) -> str:
     """One line: what computes `rows` rows of x in `dtype` with this weight, where the weight is, and why."""
     shape = f"{rows} x {weight.in_features} by {weight.shape[0]} x {weight.in_features} in {weight.format.name}"
+    fp8.check(activation_dtype, dtype, "explain")
+    if activation_dtype is not None:
+        found = fp8.explain(rows, weight.device, dtype)
+        if found is not None:
+            return f"{shape}: {found}"
+        return f"{explain(rows, weight, dtype, activation)} (activation_dtype 'fp8' begins at {fp8.FP8_ROWS} rows)"
     if not slab.usable(weight.device, dtype):
         why = f"there is no kernel for {dtype} on {weight.device.type}" + ("" if HAS_TRITON else " without Triton")
         return f"{shape}: the definition in torch, since {why}"
@@ -68,10 +90,16 @@ def _fits(weight: Operand, dtype: torch.dtype, activation: str | None) -> bool:
     return isinstance(weight, Shuffled) and weight.dtype == dtype and weight.gated == (activation == "swiglu")
 
 
-def _forward(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
+def _forward(
+    x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None, activation_dtype: str | None
+) -> Tensor:
+    in_fp8 = activation_dtype is not None and fp8.serves(x.numel() // weight.in_features, x.device)
     if not slab.usable(x.device, x.dtype) or x.numel() == 0:
-        return definition(x, weight, bias, activation)
+        return definition(x, weight, bias, activation, in_fp8=in_fp8)
     flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
+    if in_fp8:
+        out = fp8.linear(flat, weight, bias, activation)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
     setting = launch.choose(flat.shape[0], weight, x.dtype) if _fits(weight, x.dtype, activation) else None
     if setting is None:
         out = slab.linear(flat, weight, bias, activation)
@@ -81,13 +109,18 @@ def _forward(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | 
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
-def definition(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
+def definition(
+    x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None, *, in_fp8: bool = False
+) -> Tensor:
     """The definition, a slab of rows at a time."""
     weight = _packed(weight)
+    function: Callable[..., Tensor] = naive.linear
+    if in_fp8:
+        function = functools.partial(naive.linear_in_e4m3, unit=naive.e4m3_unit(weight))
     if activation == "swiglu" or weight.packed.shape[0] * weight.in_features <= naive.SLAB_WEIGHTS:
-        return naive.linear(x, weight, bias, activation)
+        return function(x, weight, bias, activation)
     parts = [
-        naive.linear(x, rows, None if bias is None else bias[i : i + len(rows.packed)], activation)
+        function(x, rows, None if bias is None else bias[i : i + len(rows.packed)], activation)
         for i, rows in _slabs(weight)
     ]
     return torch.cat(parts, dim=-1)
@@ -152,19 +185,20 @@ def _whole(*parts: Any) -> Operand:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Operand, bias: Tensor | None, activation_dtype: str | None) -> Tensor:
         *tensors, ctx.facts = _parts(weight)
         ctx.save_for_backward(*tensors, bias)
-        return _forward(x, weight, bias, None)
+        return _forward(x, weight, bias, None, activation_dtype)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         *tensors, bias = ctx.saved_tensors
-        wants_x, _, wants_bias = ctx.needs_input_grad
+        wants_x, _, wants_bias, _ = ctx.needs_input_grad
         return (
             linear_gradient(upstream, _whole(*tensors, ctx.facts)) if wants_x else None,
             None,
             _bias_gradient(upstream, bias) if wants_bias else None,
+            None,
         )
 
 
@@ -186,13 +220,15 @@ def _operator(  # noqa: PLR0917 - an operator's operands have places
     facts: list[int],
     bias: Tensor | None,
     activation: str | None,
+    activation_dtype: str | None,
 ) -> Tensor:
-    return _forward(x, _whole(codes, scale, global_scale, alpha, counters, facts), bias, activation)
+    weight = _whole(codes, scale, global_scale, alpha, counters, facts)
+    return _forward(x, weight, bias, activation, activation_dtype)
 
 
 @_operator.register_fake
 def _(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
-    facts, activation = others[4], others[-1]
+    facts, activation = others[4], others[-2]
     rows = codes.shape[0] if len(facts) == 1 else facts[0]
     return x.new_empty((*x.shape[:-1], rows // 2 if activation == "swiglu" else rows))
 
@@ -217,7 +253,7 @@ def _(upstream: Tensor, *weight: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - torch names them
-    _, *tensors, ctx.facts, bias, _ = inputs
+    _, *tensors, ctx.facts, bias, _, _ = inputs
     ctx.save_for_backward(*tensors, bias)
 
 
@@ -225,7 +261,7 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, bias = ctx.saved_tensors
     wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
     grad_x = _gradient_operator(upstream, *tensors, ctx.facts) if wants_x else None
-    return grad_x, *(None,) * 6, _bias_gradient(upstream, bias) if wants_bias else None, None
+    return grad_x, *(None,) * 6, _bias_gradient(upstream, bias) if wants_bias else None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_save)

@@ -39,9 +39,9 @@ def linear(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | No
     W is rounded to x's type after the division by the global scale, which is exact where that is a power of two.
     """
     gated = isinstance(weight, Shuffled) and weight.gated
-    rows = _stored_rows(weight)
+    rows = stored_rows(weight)
     out = x.new_empty(x.shape[0], rows)
-    slab = x.new_empty(_height(rows, weight.in_features, x.element_size()), weight.in_features)
+    slab = x.new_empty(height(rows, weight.in_features, x.element_size()), weight.in_features)
     bias = None if bias is None else bias.to(x.dtype)
     for first in range(0, rows, len(slab)):
         part = unpack(weight, slab, row=first)
@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | No
 
 def input_gradient(upstream: Tensor, weight: Operand) -> Tensor:
     """dL/dx = upstream W for upstream [M, N] -> [M, K], a slab of columns at a time."""
-    rows, width = _stored_rows(weight), weight.in_features
+    rows, width = stored_rows(weight), weight.in_features
     if isinstance(weight, Shuffled) and weight.gated:
         upstream = take_turns(upstream.T).T
     out = upstream.new_empty(upstream.shape[0], width)
@@ -77,11 +77,11 @@ def unpack(weight: Operand, slab: Tensor, *, row: int = 0, column: int = 0) -> T
     """Rows from `row` and columns from `column` of a [N, K], as many as the slab has.
 
     `column` is a multiple of 32; of a weight in the kernels' order, `row` and `column` are multiples of 64, and rows of
-    gate and up take turns where they do there.
+    gate and up take turns where they do there. For E4M3 `weight` has its unit in the place of its global scale.
     """
     from apt_model.ops.fp4.kernel_unpack import unpack_kernel, unpack_order_kernel  # noqa: PLC0415 - Triton's import
 
-    part = slab[: _stored_rows(weight) - row]
+    part = slab[: stored_rows(weight) - row]
     (rows, width), stride, block = part.shape, part.stride(0), weight.format.block
     has_divisor, index = weight.global_scale is not None, part.device.index
     key = (index, block, has_divisor, part.dtype, width, stride, part.data_ptr() % 16)
@@ -108,13 +108,13 @@ def unpack(weight: Operand, slab: Tensor, *, row: int = 0, column: int = 0) -> T
     return part
 
 
-def _stored_rows(weight: Operand) -> int:
+def stored_rows(weight: Operand) -> int:
     """N, or more where gate and up take turns of eight rows."""
     rows = weight.shape[0]
     return -(-rows // 16) * 16 if isinstance(weight, Shuffled) and weight.gated else rows
 
 
-def _height(rows: int, width: int, size: int) -> int:
+def height(rows: int, width: int, size: int) -> int:
     """Rows of a slab: of all slabs the same, and a multiple of what the fastest products take."""
     most = max(_ROWS, SLAB_BYTES // (width * size) // _ROWS * _ROWS)
     slabs = -(-rows // most)
