@@ -83,7 +83,7 @@ def _tiles(rows: int, out_features: int, in_features: int, processors: int) -> l
         shared = (bm * 128 + wg * 2304) * c * stages
         if tiles % wg or wg * bm > 512 or (wg, bm) == (1, 256) or shared > _MOST_SHARED:
             continue
-        if not (bm >= 128 or rows <= bm) or bm >= 2 * max(rows, 5) or not 64 <= c * bm <= 512 or (c < 4 and bm < 64):
+        if not (bm >= 128 or rows <= bm) or bm >= 2 * max(rows, 5) or not 32 <= c * bm <= 512 or (c < 4 and bm < 64):
             continue
         if -(-steps // per) != split or stages > max(per + 1, 2):
             continue
