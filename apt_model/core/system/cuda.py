@@ -13,6 +13,24 @@ from apt_model.core.system.device import Device, Presence
 _REPLAYS = 7
 
 
+def _stream(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+# What torch's own compiled code calls around a launch, with no frame of Python and no dispatcher: which device is the
+# current one, the driver's handle of a device's current stream, and a tensor on the current device, of shape, strides
+# and type, that nobody has filled.
+current_index: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # noqa: SLF001
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream)  # noqa: SLF001
+empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = getattr(
+    torch._C._dynamo.guards, "_empty_strided_cuda", _empty  # noqa: SLF001
+)  # fmt: skip
+
+
 @final
 class CudaDevice(Device):
     """A GPU behind `torch.cuda`."""

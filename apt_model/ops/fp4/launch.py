@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from apt_model.core.system import cuda
 from apt_model.core.system.cuda import CudaDevice
-from apt_model.ops.fp4.compiled import Compiled, known, on_device
-from apt_model.ops.fp4.format import NVFP4, Format, PackedWeight
+from apt_model.ops.fp4.compiled import Compiled, Launch, View, known, recalled
+from apt_model.ops.fp4.format import MXFP4, NVFP4, Format, PackedWeight
 from apt_model.ops.fp4.layout import COUNTERS, Shuffled
 from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
 
@@ -33,25 +34,26 @@ BY_RULE, SHIPPED, MEASURED = "by rule", "from the shipped table", "measured on t
 
 def choose(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Decode | Tile | None:
     """The launch for `rows` rows of x in `dtype`, or None where unpacking a slab is the way."""
+    if isinstance(weight, Shuffled):
+        return _choice(
+            rows, weight.out_features, weight.in_features, weight.block, weight.words.device, dtype
+        ).setting  # fmt: skip
     return choice(rows, weight, dtype).setting
 
 
 def choice(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Choice:
     """`choose`, and why: what was measured on this machine comes before what is shipped."""
-    if rows > MOST_ROWS:
-        return Choice(None, BY_RULE)
-    if isinstance(weight, Shuffled):
-        return _choice(rows, weight.out_features, weight.in_features, weight.format, weight.words.device, dtype)
-    return _choice(rows, *weight.shape, weight.format, weight.device, dtype)
+    return _choice(rows, *weight.shape, weight.format.block, weight.device, dtype)
 
 
 @functools.cache
 def _choice(  # noqa: PLR0917 - they are what it remembers by
-    rows: int, out_rows: int, in_features: int, form: Format, device: torch.device, dtype: torch.dtype
+    rows: int, out_rows: int, in_features: int, block: int, device: torch.device, dtype: torch.dtype
 ) -> Choice:
     from apt_model.ops.fp4 import measured  # noqa: PLC0415 - it launches, so it imports this file
 
-    if not serves(form, device, dtype):
+    form = NVFP4 if block == NVFP4.block else MXFP4
+    if rows > MOST_ROWS or not serves(form, device, dtype):
         return Choice(None, BY_RULE)
     bucket = bucket_of(rows)
     kept = measured.find(bucket, out_rows, in_features, form, device, dtype)
@@ -61,6 +63,7 @@ def _choice(  # noqa: PLR0917 - they are what it remembers by
 def forget() -> None:
     """Choose anew from now on."""
     _choice.cache_clear()
+    _served.clear()
 
 
 def bucket_of(rows: int) -> int:
@@ -128,109 +131,136 @@ def _decode(x_rows: int, out_rows: int, in_features: int, processors: int, *, ke
     return Decode(wg, bm, per if keep else 0, 4, -(-groups // per))
 
 
+def again(x: Tensor, weight: PackedWeight | Shuffled, bias: Tensor | None, activation: str | None) -> Tensor | None:
+    """act(x W^T + bias) for x [..., K] by the launch that the like was remembered with, or None where none was."""
+    if not x.is_cuda or not isinstance(weight, Shuffled):
+        return None
+    plan = _served.get(_likeness(x, weight, bias, activation))
+    return None if plan is None else plan.run(x, weight, bias)
+
+
+def remember(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> None:
+    """Let `again` serve the like of these by this launch, unless x would have to be copied."""
+    if x.dim() == 2 or x.is_contiguous():
+        plan = _plan_of(x if x.dim() == 2 else x.view(-1, x.shape[-1]), weight, bias, activation, setting)
+        if plan.launch is not None:
+            shape = (*x.shape[:-1], plan.shape[-1])
+            _served[_likeness(x, weight, bias, activation)] = plan._replace(shape=shape, strides=_strides(shape))
+
+
 def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Tensor:
     """act(x W^T + bias), x [M, K] -> [M, N] (swiglu: [M, N / 2])."""
-    described = isinstance(setting, Tile) or setting.kept > 0
-    x = _aligned(x) if described else x.contiguous()
-    (m, k), pitch, index = x.shape, x.stride(0), x.device.index
-    # All that a launch is decided by, and what Triton would look at to find the kernel again.
-    key = (
-        setting, m, k, pitch, index, weight.dtype, weight.block, weight.out_features, activation,
-        None if bias is None else (bias.dtype, bias.data_ptr() % 16), described or x.data_ptr() % 16,
+    plan = _plan_of(x, weight, bias, activation, setting)
+    if plan.launch is None:
+        x = _aligned(x) if _described(setting) else x.contiguous()
+        plan = _plan_of(x, weight, bias, activation, setting)
+    return plan.run(x, weight, bias)
+
+
+# By what `_likeness` tells.
+_served: dict[tuple[Any, ...], "_Plan"] = {}
+
+
+def _likeness(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None) -> tuple[Any, ...]:
+    """All that a product's launch depends on, and what Triton would look at to find the kernel again."""
+    return (
+        x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device(), weight.dtype, weight.block,
+        weight.out_features, weight.in_features, weight.gated, activation,
+        None if bias is None else (bias.dtype, bias.data_ptr() % 16),
     )  # fmt: skip
-    plan = known(key, lambda: _plan(key, weight, has_bias=bias is not None))
-    out = x.new_empty(plan.out)
-    partial = x.new_empty(plan.sums, dtype=torch.float32) if plan.sums else None
-    counters = weight.counters.new_zeros(plan.counters) if plan.counters else weight.counters
-    with on_device(index):
-        plan.product(
-            plan.grid, plan.product.rows_of(x, plan.shape, plan.strides) if described else x,
-            weight.words, weight.scales, weight.alpha, bias, out, partial, counters, *plan.numbers,
-        )  # fmt: skip
-    return out
+
+
+def _plan_of(
+    x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile
+) -> "_Plan":
+    key = (setting, *_likeness(x, weight, bias, activation))
+    return recalled(key) or known(key, lambda: _plan(x, weight, bias, activation, setting))
 
 
 class _Plan(NamedTuple):
-    """One launch, for so many rows of x."""
+    """What is launched for x of one shape, and what it writes to."""
 
-    product: "_Product"
-    grid: tuple[int, int, int]
-    numbers: tuple[int, ...]  # the kernel's own, after its tensors
-    shape: tuple[int, ...]  # of x, as the kernel's descriptor has it
-    strides: tuple[int, ...]
-    out: tuple[int, int]
-    sums: int  # floats for sums over parts of the inputs
-    counters: int  # where the weight's own do not suffice
+    launch: Launch | None  # None: x has to be copied before
+    shape: tuple[int, ...] = ()  # of the result
+    strides: tuple[int, ...] = ()
+    sums: int = 0  # floats for sums over parts of the inputs
+    counters: int = 0  # where the weight's own do not suffice
+
+    def run(self, x: Tensor, weight: Shuffled, bias: Tensor | None) -> Tensor:
+        """The product; of x only its type and its memory matter."""
+        assert self.launch is not None
+        if self.launch.index != cuda.current_index():
+            with torch.accelerator.device_index(self.launch.index):
+                return self.run(x, weight, bias)
+        out = cuda.empty(self.shape, self.strides, x.dtype)
+        sums = cuda.empty((self.sums,), (1,), torch.float32) if self.sums else None
+        counters = weight.counters.new_zeros(self.counters) if self.counters else weight.counters
+        self.launch((x, weight.words, weight.scales, weight.alpha, bias, out, sums, counters))
+        return out
 
 
-def _plan(key: tuple[Any, ...], weight: Shuffled, *, has_bias: bool) -> _Plan:
-    setting, m, k, pitch, index = key[:5]
-    activation = key[8]
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    steps = [1]
+    for size in shape[:0:-1]:
+        steps.append(steps[-1] * size)
+    return tuple(steps[::-1])
+
+
+def _plan(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> _Plan:
+    if not (_is_aligned(x) if _described(setting) else x.is_contiguous()):
+        return _Plan(None)
+    (m, k), pitch, index = x.shape, x.stride(0), x.get_device()
     tiles, groups = weight.words.shape[:2]
     setting = _fitted(setting, tiles, groups)
     width = weight.out_features // 2 if weight.gated else weight.out_features
     rows = tiles // setting.wg
     spots = rows * -(-m // setting.bm)
+    view: View | None = None
     if isinstance(setting, Tile):
         chunks = -(-k // 64)
         grid = (-(-m // setting.bm), rows, setting.split)
         steps = -(-chunks // setting.c)
         numbers: tuple[int, ...] = (m, width, groups, chunks, -(-steps // setting.split))
-        shape: tuple[int, ...] = (m, k)
-        strides: tuple[int, ...] = (pitch, 1)
+        view = (m, k), (pitch, 1)
     else:
         grid = (rows, setting.split, 1)
         numbers = (m, width, k, pitch, groups, -(-groups // setting.split))
-        shape, strides = (k // 64, m, 64), (64, pitch, 1)
-    sums = spots * setting.split * setting.wg * 64 * setting.bm if setting.split > 1 else 0
+        if setting.kept:
+            view = (k // 64, m, 64), (64, pitch, 1)
     # The same kernel serves other numbers of rows.
-    product = known((setting, *key[2:]), lambda: _Product(setting, weight, has_bias, activation, index))
+    key = ("product", setting, k, pitch, *_likeness(x, weight, bias, activation)[3:])
+    kernel = known(key, lambda: _product(setting, weight, bias is not None, activation, index))
+    sums = spots * setting.split * setting.wg * 64 * setting.bm if setting.split > 1 else 0
     counters = spots if sums and spots > tiles * COUNTERS else 0
-    return _Plan(product, grid, numbers, shape, strides, (m, width), sums, counters)
+    shape = (m, width)
+    return _Plan(Launch(kernel, index, grid, numbers, view), shape, _strides(shape), sums, counters)
 
 
-class _Product(Compiled):
+def _product(setting: Decode | Tile, weight: Shuffled, has_bias: bool, activation: str | None, index: int) -> Compiled:
     """One of the two kernels, with its view of x."""
+    from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
 
-    def __init__(
-        self, setting: Decode | Tile, weight: Shuffled, has_bias: bool, activation: str | None, index: int
-    ) -> None:
-        from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: PLC0415
+    from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
+    from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
 
-        from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
-        from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
-
-        early = facts(index)[0] >= _HOPPER
-        options: dict[str, Any] = {"num_warps": 4 * setting.wg, "launch_pdl": early}
-        if isinstance(setting, Tile):
-            function: Any = tile_kernel
-            own = {"SPLIT": setting.split, "WG": setting.wg, "C": setting.c, "BM": setting.bm, "STAGES": setting.stages}
-            self.block, self.layout = [setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)
-        else:
-            function = decode_kernel
-            own = {"SPLIT": setting.split, "WG": setting.wg, "REP": setting.rep, "BM": setting.bm, "KEPT": setting.kept}
-            self.block, self.layout = [setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)
-            options["num_warps"] //= setting.rep
-            if setting.ahead == 4 and setting.rep == 1:
-                options["maxnreg"] = 64
-        common = {
-            "AHEAD": setting.ahead, "BLOCK": weight.block, "FP16": weight.dtype == torch.float16,
-            "HAS_BIAS": has_bias, "ACTIVATION": CODES[activation], "PDL": early,
-        }  # fmt: skip
-        super().__init__(function, {**own, **common}, **options)
-        self.descriptor: Any = TensorDescriptor
-        self.described: dict[str, Any] = {}
-
-    def rows_of(self, x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-        """X as the kernel's descriptor; checked by Triton the first time, and made without asking again."""
-        if not self.described:
-            made = self.descriptor(x, list(shape), list(strides), self.block, self.layout)
-            self.described = {**vars(made), "base": None}
-            return made
-        made = self.descriptor.__new__(self.descriptor)
-        made.__dict__.update(self.described, base=x, shape=shape, strides=strides)
-        return made
+    early = facts(index)[0] >= _HOPPER
+    options: dict[str, Any] = {"num_warps": 4 * setting.wg, "launch_pdl": early}
+    if isinstance(setting, Tile):
+        function: Any = tile_kernel
+        own = {"SPLIT": setting.split, "WG": setting.wg, "C": setting.c, "BM": setting.bm, "STAGES": setting.stages}
+        box, layout = [setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)
+    else:
+        function = decode_kernel
+        own = {"SPLIT": setting.split, "WG": setting.wg, "REP": setting.rep, "BM": setting.bm, "KEPT": setting.kept}
+        box, layout = [setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)
+        options["num_warps"] //= setting.rep
+        if setting.ahead == 4 and setting.rep == 1:
+            options["maxnreg"] = 64
+    common = {
+        "AHEAD": setting.ahead, "BLOCK": weight.block, "FP16": weight.dtype == torch.float16,
+        "HAS_BIAS": has_bias, "ACTIVATION": CODES[activation], "PDL": early,
+    }  # fmt: skip
+    return Compiled(function, {**own, **common}, box=box, layout=layout, **options)
 
 
 @functools.cache
@@ -251,11 +281,21 @@ def _whole_slices(setting: Decode, groups: int) -> Decode:
     return setting if fits else setting._replace(ahead=4)
 
 
+def _described(setting: Decode | Tile) -> bool:
+    """Whether the kernel takes x as a tensor descriptor."""
+    return isinstance(setting, Tile) or setting.kept > 0
+
+
+def _is_aligned(x: Tensor) -> bool:
+    (_, k), (pitch, step) = x.shape, x.stride()
+    return k % 64 == 0 and step == 1 and pitch % 8 == 0 and pitch >= k and x.data_ptr() % 16 == 0
+
+
 def _aligned(x: Tensor) -> Tensor:
     """X as a tensor descriptor takes it: rows side by side, each at a multiple of 16 bytes, whole chunks wide."""
     pad = -x.shape[1] % 64
     if pad:
         return torch.nn.functional.pad(x, (0, pad))
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) < x.shape[1] or x.data_ptr() % 16:
+    if not _is_aligned(x):
         return x.clone(memory_format=torch.contiguous_format)
     return x

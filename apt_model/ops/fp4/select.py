@@ -26,20 +26,25 @@ def linear(x: Tensor, weight: Operand, bias: Tensor | None = None, activation: s
     The fused kernels take weights in their own order (`shuffle`); a packed weight goes by way of unpacked slabs.
     Gradients flow to `x` and `bias`; the weight is frozen. With a gradient the activation is an operation of its own.
     """
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    compiling = torch.compiler.is_compiling()
+    if not wants_gradient and not compiling:
+        out = launch.again(x, weight, bias, activation)
+        if out is not None:
+            return out
     if not x.is_floating_point():
         raise InputError(f"fp4 linear: expected a float input, got {x.dtype}")
     if x.shape[-1] != weight.in_features:
         raise InputError(f"fp4 linear: expected x [..., {weight.in_features}], got {list(x.shape)}")
     if activation not in ACTIVATIONS:
         raise InputError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_gradient and activation is not None:
         return naive.activate(linear(x, weight, bias), activation)
-    if torch.compiler.is_compiling():
+    if compiling:
         return _operator(x, *_parts(weight), bias, activation)
     if wants_gradient:
         return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return _forward(x, weight, bias, activation)
+    return _anew(x, weight, bias, activation)
 
 
 def wants_order(form: Format, device: torch.device, dtype: torch.dtype) -> bool:
@@ -67,7 +72,12 @@ def _fits(weight: Operand, dtype: torch.dtype, activation: str | None) -> bool:
 
 
 def _forward(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
-    if not slab.usable(x.device, x.dtype) or x.numel() == 0:
+    out = launch.again(x, weight, bias, activation)
+    return _anew(x, weight, bias, activation) if out is None else out
+
+
+def _anew(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Tensor:
+    if not slab.takes(x) or x.numel() == 0:
         return definition(x, weight, bias, activation)
     flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
     setting = launch.choose(flat.shape[0], weight, x.dtype) if _fits(weight, x.dtype, activation) else None
@@ -76,6 +86,7 @@ def _forward(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | 
     else:
         assert isinstance(weight, Shuffled)
         out = launch.run(flat, weight, bias, activation, setting)
+        launch.remember(x, weight, bias, activation, setting)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -97,7 +108,7 @@ def _packed(weight: Operand) -> PackedWeight:
 
 def _input_gradient(upstream: Tensor, weight: Operand) -> Tensor:
     """dL/dx = upstream W, [..., K] in the type of `upstream`, a slab of rows at a time."""
-    if slab.usable(upstream.device, upstream.dtype) and upstream.numel():
+    if slab.takes(upstream) and upstream.numel():
         return slab.input_gradient(upstream.flatten(0, -2), weight).view(*upstream.shape[:-1], weight.in_features)
     weight = _packed(weight)
     wide = torch.promote_types(upstream.dtype, torch.float32)
