@@ -130,12 +130,11 @@ class FusedFP4Linear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out] (swiglu: [..., out / 2]), same type; under autocast in autocast's."""
-        held, activation = self._parameters, self.activation
-        bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401 - torch's look-up takes as long as a launch
-        if autocasts(x):
-            weight = self.operand("weight", product_dtype(x), gated=activation == "swiglu")
-            return fused_linear(x, weight, bias, activation)
-        return fp4.linear(x, self.operand("weight", x.dtype, gated=activation == "swiglu"), bias, activation)
+        plain, activation = not autocasts(x), self.activation
+        weight = self.operand("weight", x.dtype if plain else product_dtype(x), gated=activation == "swiglu")
+        held = self._parameters  # in which torch's own look-up takes as long to find something as a launch
+        bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401
+        return (fp4.linear if plain else fused_linear)(x, weight, bias, activation)
 
     def explain(self, rows: int, dtype: torch.dtype | None = None) -> str:
         """One line: what computes `rows` rows of input in `dtype` (None is the layer's) where the layer is, and why."""

@@ -27,25 +27,37 @@ _PARAMETER = re.compile(
     r"\.param(?:\s+\.align\s+(?P<align>\d+))?\s+\.(?P<type>\w+)(?P<pointer>\s+\.ptr(?:\s+\.\w+)*(?:\s+\.align\s+\d+)?)?"
     r"\s+[\w$]+(?:\[(?P<count>\d+)\])?"
 )
-_NUMBERS = {f"{kind}{bits}": code for bits, code in ((32, "i"), (64, "q")) for kind in "bsu"}
+# In Triton's signatures, and in PTX.
+_NUMBERS = {"i32": "i", "i64": "q"}
+_PTX_NUMBERS = {f"{kind}{bits}": code for bits, code in ((32, "i"), (64, "q")) for kind in "bsu"}
 
 
 def fault(kernel: Any) -> str | None:
     """Why launches of a compiled kernel have to be Triton's, or None where they can be direct."""
-    about = kernel.metadata
+    try:
+        return _fault(kernel, kernel.metadata)
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        return f"this Triton describes a kernel in another way: {type(problem).__name__}: {problem}"
+
+
+def _fault(kernel: Any, about: Any) -> str | None:
     if about.target.backend != "cuda":
         return f"there is no direct launch for {about.target.backend}"
     scratch = about.global_scratch_size + about.profile_scratch_size
     if about.num_ctas != 1 or about.launch_cooperative_grid or scratch or about.shared > _MOST_SHARED:
-        return (
-            "it wants clusters, a cooperative launch, scratch memory or more shared memory than a direct launch gives"
-        )
+        return "it needs a cluster, a cooperative launch, scratch memory or more shared memory than others"
     try:
         library()
     except (OSError, AttributeError) as problem:
         return f"the driver cannot be called: {problem}"
-    expected, found = _expected(kernel), _found(kernel.asm.get("ptx", ""))
+    _function(kernel)
+    expected, found = _expected(kernel), _found(kernel.asm["ptx"])
     return None if expected == found else f"its binary takes {found}, and {expected} would be passed"
+
+
+def _function(kernel: Any) -> Function:
+    about = kernel.metadata
+    return Function(int(kernel.function), 32 * about.num_warps, about.shared, bool(about.launch_pdl))
 
 
 def _expected(kernel: Any) -> list[str]:
@@ -57,14 +69,18 @@ def _expected(kernel: Any) -> list[str]:
 
 def _codes(kind: Any, about: Any) -> list[str]:
     """Of one parameter; the first may be a descriptor, of which `about` has more to say."""
-    plain = {"i32": "i", "i64": "q"}
-    if not str(kind).startswith("tensordesc<"):
-        return ["Q" if str(kind).startswith("*") else plain.get(kind, str(kind))]
-    metas = getattr(about, "tensordesc_meta", None) or [{"elem_type": None}]
-    if len(metas) != 1 or metas[0]["elem_type"] not in _ELEMENTS or metas[0]["fp4_padded"] or metas[0].get("is_im2col"):
-        return [str(kind)]
-    rank = len(metas[0]["block_size"])
-    return [MAP, *"i" * rank, *"q" * rank]
+    if about is not None and str(kind).startswith("tensordesc<"):
+        rank = len(_descriptor(about)[2])
+        return [MAP, *"i" * rank, *"q" * rank]
+    return ["Q" if str(kind).startswith("*") else _NUMBERS.get(kind, str(kind))]
+
+
+def _descriptor(about: Any) -> tuple[int, int, tuple[int, ...], int]:
+    """Of a kernel's only descriptor: the driver's type of its elements, their bytes, the box and the swizzling."""
+    (meta,) = about.tensordesc_meta
+    if meta["fp4_padded"] or meta.get("is_im2col"):
+        raise ValueError("its descriptor is padded or im2col")
+    return _ELEMENTS[meta["elem_type"]], meta["elem_size"], tuple(meta["block_size"]), meta["swizzle"]
 
 
 def _found(ptx: str) -> list[str]:
@@ -83,8 +99,8 @@ def _code(text: str) -> str:
     if align is not None or count is not None:
         return text
     if pointer is not None:
-        return "Q" if _NUMBERS.get(kind) == "q" else text
-    return _NUMBERS.get(kind, text)
+        return "Q" if _PTX_NUMBERS.get(kind) == "q" else text
+    return _PTX_NUMBERS.get(kind, text)
 
 
 @final
@@ -95,14 +111,14 @@ class Direct:
         self, kernel: Any, index: int, tensors: Sequence[Tensor | None], grid: tuple[int, int, int],
         numbers: Sequence[int], view: View | None,
     ) -> None:  # fmt: skip
-        about, self._index = kernel.metadata, index
+        self._index = index
         self._map: TensorMap | None = None
         self._maps: dict[int, bytes] = {}
         parameters = [Parameter("Q") for tensor in tensors if tensor is not None]
         if view is not None:
-            meta, (shape, strides) = about.tensordesc_meta[0], view
-            box, element = tuple(meta["block_size"]), _ELEMENTS[meta["elem_type"]]
-            self._map = TensorMap(element, meta["elem_size"], shape, strides, box, meta["swizzle"])
+            shape, strides = view
+            element, size, box, swizzle = _descriptor(kernel.metadata)
+            self._map = TensorMap(element, size, shape, strides, box, swizzle)
             told = [*(Parameter("i", size) for size in shape), *(Parameter("q", step) for step in strides)]
             parameters = [Parameter(MAP), *told, *parameters[1:]]
         kinds = list(kernel.src.signature.values())[len(tensors) :]
@@ -110,8 +126,7 @@ class Direct:
             if kind != "constexpr":
                 parameters.append(Parameter(_codes(kind, None)[0], number))
         parameters += [Parameter("Q", 0), Parameter("Q", 0)]
-        function = Function(kernel.function, 32 * about.num_warps, about.shared, bool(about.launch_pdl))
-        self._launch = KernelLaunch(library(), function, grid, parameters)
+        self._launch = KernelLaunch(library(), _function(kernel), grid, parameters)
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> bool:
         """Launch on the current stream; False where another device is the current one, or the launch is Triton's."""

@@ -6,16 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apt_model.core.system import cuda
 from apt_model.core.system.cuda import CudaDevice
-from apt_model.ops.fp4.compiled import Compiled, Launch, View, known, recalled
+from apt_model.ops.fp4.compiled import known, recalled
 from apt_model.ops.fp4.format import MXFP4, NVFP4, Format, PackedWeight
-from apt_model.ops.fp4.layout import COUNTERS, Shuffled
+from apt_model.ops.fp4.layout import Shuffled
+from apt_model.ops.fp4.plan import Plan, contiguous, described, is_aligned, likeness, make
 from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
 
 # Above this many rows of x unpacking a slab and torch's own product are faster.
 MOST_ROWS = 6144
-CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "swiglu": 5}
 _BUCKETS = (8, 16, 32, 64, 128, 256, 1024)
 FEW = 16  # rows of x up to which a product is bound by reading the weights
 _HOPPER = (9, 0)
@@ -135,7 +134,7 @@ def again(x: Tensor, weight: PackedWeight | Shuffled, bias: Tensor | None, activ
     """act(x W^T + bias) for x [..., K] by the launch that the like was remembered with, or None where none was."""
     if not x.is_cuda or not isinstance(weight, Shuffled):
         return None
-    plan = _served.get(_likeness(x, weight, bias, activation))
+    plan = _served.get(likeness(x, weight, bias, activation))
     return None if plan is None else plan.run(x, weight, bias)
 
 
@@ -145,150 +144,27 @@ def remember(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str |
         plan = _plan_of(x if x.dim() == 2 else x.view(-1, x.shape[-1]), weight, bias, activation, setting)
         if plan.launch is not None:
             shape = (*x.shape[:-1], plan.shape[-1])
-            _served[_likeness(x, weight, bias, activation)] = plan._replace(shape=shape, strides=_strides(shape))
+            _served[likeness(x, weight, bias, activation)] = plan._replace(shape=shape, strides=contiguous(shape))
 
 
 def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Tensor:
     """act(x W^T + bias), x [M, K] -> [M, N] (swiglu: [M, N / 2])."""
     plan = _plan_of(x, weight, bias, activation, setting)
     if plan.launch is None:
-        x = _aligned(x) if _described(setting) else x.contiguous()
+        x = _aligned(x) if described(setting) else x.contiguous()
         plan = _plan_of(x, weight, bias, activation, setting)
     return plan.run(x, weight, bias)
 
 
-# By what `_likeness` tells.
-_served: dict[tuple[Any, ...], "_Plan"] = {}
+# By what `likeness` tells.
+_served: dict[tuple[Any, ...], Plan] = {}
 
 
-def _likeness(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None) -> tuple[Any, ...]:
-    """All that a product's launch depends on, and what Triton would look at to find the kernel again."""
-    return (
-        x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device(), weight.dtype, weight.block,
-        weight.out_features, weight.in_features, weight.gated, activation,
-        None if bias is None else (bias.dtype, bias.data_ptr() % 16),
+def _plan_of(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Plan:
+    key = (setting, *likeness(x, weight, bias, activation))
+    return recalled(key) or known(
+        key, lambda: make(x, weight, bias, activation, setting, early=facts(x.get_device())[0] >= _HOPPER)
     )  # fmt: skip
-
-
-def _plan_of(
-    x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile
-) -> "_Plan":
-    key = (setting, *_likeness(x, weight, bias, activation))
-    return recalled(key) or known(key, lambda: _plan(x, weight, bias, activation, setting))
-
-
-class _Plan(NamedTuple):
-    """What is launched for x of one shape, and what it writes to."""
-
-    launch: Launch | None  # None: x has to be copied before
-    shape: tuple[int, ...] = ()  # of the result
-    strides: tuple[int, ...] = ()
-    sums: int = 0  # floats for sums over parts of the inputs
-    counters: int = 0  # where the weight's own do not suffice
-
-    def run(self, x: Tensor, weight: Shuffled, bias: Tensor | None) -> Tensor:
-        """The product; of x only its type and its memory matter."""
-        assert self.launch is not None
-        if self.launch.index != cuda.current_index():
-            with torch.accelerator.device_index(self.launch.index):
-                return self.run(x, weight, bias)
-        out = cuda.empty(self.shape, self.strides, x.dtype)
-        sums = cuda.empty((self.sums,), (1,), torch.float32) if self.sums else None
-        counters = weight.counters.new_zeros(self.counters) if self.counters else weight.counters
-        self.launch((x, weight.words, weight.scales, weight.alpha, bias, out, sums, counters))
-        return out
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    steps = [1]
-    for size in shape[:0:-1]:
-        steps.append(steps[-1] * size)
-    return tuple(steps[::-1])
-
-
-def _plan(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> _Plan:
-    if not (_is_aligned(x) if _described(setting) else x.is_contiguous()):
-        return _Plan(None)
-    (m, k), pitch, index = x.shape, x.stride(0), x.get_device()
-    tiles, groups = weight.words.shape[:2]
-    setting = _fitted(setting, tiles, groups)
-    width = weight.out_features // 2 if weight.gated else weight.out_features
-    rows = tiles // setting.wg
-    spots = rows * -(-m // setting.bm)
-    view: View | None = None
-    if isinstance(setting, Tile):
-        chunks = -(-k // 64)
-        grid = (-(-m // setting.bm), rows, setting.split)
-        steps = -(-chunks // setting.c)
-        numbers: tuple[int, ...] = (m, width, groups, chunks, -(-steps // setting.split))
-        view = (m, k), (pitch, 1)
-    else:
-        grid = (rows, setting.split, 1)
-        numbers = (m, width, k, pitch, groups, -(-groups // setting.split))
-        if setting.kept:
-            view = (k // 64, m, 64), (64, pitch, 1)
-    # The same kernel serves other numbers of rows.
-    key = ("product", setting, k, pitch, *_likeness(x, weight, bias, activation)[3:])
-    kernel = known(key, lambda: _product(setting, weight, bias is not None, activation, index))
-    sums = spots * setting.split * setting.wg * 64 * setting.bm if setting.split > 1 else 0
-    counters = spots if sums and spots > tiles * COUNTERS else 0
-    shape = (m, width)
-    return _Plan(Launch(kernel, index, grid, numbers, view), shape, _strides(shape), sums, counters)
-
-
-def _product(setting: Decode | Tile, weight: Shuffled, has_bias: bool, activation: str | None, index: int) -> Compiled:
-    """One of the two kernels, with its view of x."""
-    from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
-
-    from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
-    from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
-
-    early = facts(index)[0] >= _HOPPER
-    options: dict[str, Any] = {"num_warps": 4 * setting.wg, "launch_pdl": early}
-    if isinstance(setting, Tile):
-        function: Any = tile_kernel
-        own = {"SPLIT": setting.split, "WG": setting.wg, "C": setting.c, "BM": setting.bm, "STAGES": setting.stages}
-        box, layout = [setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)
-    else:
-        function = decode_kernel
-        own = {"SPLIT": setting.split, "WG": setting.wg, "REP": setting.rep, "BM": setting.bm, "KEPT": setting.kept}
-        box, layout = [setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)
-        options["num_warps"] //= setting.rep
-        if setting.ahead == 4 and setting.rep == 1:
-            options["maxnreg"] = 64
-    common = {
-        "AHEAD": setting.ahead, "BLOCK": weight.block, "FP16": weight.dtype == torch.float16,
-        "HAS_BIAS": has_bias, "ACTIVATION": CODES[activation], "PDL": early,
-    }  # fmt: skip
-    return Compiled(function, {**own, **common}, box=box, layout=layout, **options)
-
-
-@functools.cache
-def _fitted(setting: Decode | Tile, tiles: int, groups: int) -> Decode | Tile:
-    """Every warpgroup has its 64 rows, and no slice of the inputs is empty or shorter than what is loaded ahead."""
-    while tiles % setting.wg:
-        setting = setting._replace(wg=setting.wg // 2)
-    if isinstance(setting, Decode):
-        setting = setting._replace(rep=min(setting.rep, setting.wg))
-    return _whole_slices(setting, groups) if isinstance(setting, Decode) else setting
-
-
-def _whole_slices(setting: Decode, groups: int) -> Decode:
-    """No slice of the inputs is empty, and each has as many groups as are loaded ahead, or a multiple."""
-    per = -(-groups // setting.split)
-    setting = setting._replace(split=-(-groups // per))
-    fits = per % (setting.ahead // 4) == 0 and groups % (setting.ahead // 4) == 0
-    return setting if fits else setting._replace(ahead=4)
-
-
-def _described(setting: Decode | Tile) -> bool:
-    """Whether the kernel takes x as a tensor descriptor."""
-    return isinstance(setting, Tile) or setting.kept > 0
-
-
-def _is_aligned(x: Tensor) -> bool:
-    (_, k), (pitch, step) = x.shape, x.stride()
-    return k % 64 == 0 and step == 1 and pitch % 8 == 0 and pitch >= k and x.data_ptr() % 16 == 0
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -296,6 +172,6 @@ def _aligned(x: Tensor) -> Tensor:
     pad = -x.shape[1] % 64
     if pad:
         return torch.nn.functional.pad(x, (0, pad))
-    if not _is_aligned(x):
+    if not is_aligned(x):
         return x.clone(memory_format=torch.contiguous_format)
     return x
