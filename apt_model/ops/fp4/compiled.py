@@ -68,7 +68,7 @@ class Compiled:
 class Launch:
     """A kernel with its grid, its numbers and the `view` that it has of x; called with its tensors, the first of all.
 
-    The first call is Triton's, which compiles; those after it are direct where that can be.
+    The kernel's first launch is Triton's, which compiles it; those after it are direct where that can be.
     """
 
     __slots__ = ("direct", "grid", "index", "kernel", "numbers", "view")
@@ -91,13 +91,15 @@ class Launch:
                 self(tensors)
             return
         kernel, arguments = self.kernel, tensors
-        if self.view is not None:
-            arguments = (kernel.rows_of(tensors[0], *self.view), *tensors[1:])  # type: ignore[arg-type]
-        kernel(self.grid, *arguments, *self.numbers)
         if self.direct is None and kernel.kernel is not None and kernel.fault is None:
             from apt_model.ops.fp4.direct import Direct  # noqa: PLC0415 - Triton is not everywhere
 
             self.direct = Direct(kernel.kernel, self.index, tensors, self.grid, self.numbers, self.view)
+            if self.direct(tensors):
+                return
+        if self.view is not None:
+            arguments = (kernel.rows_of(tensors[0], *self.view), *tensors[1:])  # type: ignore[arg-type]
+        kernel(self.grid, *arguments, *self.numbers)
 
 
 _known: dict[tuple[Any, ...], Any] = {}
