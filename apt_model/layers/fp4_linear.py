@@ -9,7 +9,7 @@ from typing_extensions import Self
 from apt_model.core.errors import InputError
 from apt_model.core.options import require
 from apt_model.layers.packed import PackedModule, check_dtype, empty, pack, tensors
-from apt_model.layers.packed_products import dequantize_in_slabs, fused_linear, product_dtype
+from apt_model.layers.packed_products import autocasts, dequantize_in_slabs, fused_linear, product_dtype
 from apt_model.ops import fp4
 from apt_model.ops.fp4 import ACTIVATION_DTYPES, ACTIVATIONS, FORMATS
 
@@ -140,8 +140,11 @@ class FusedFP4Linear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out] (swiglu: [..., out / 2]), same type; under autocast in autocast's."""
-        weight = self.operand("weight", product_dtype(x), gated=self.activation == "swiglu")
-        return fused_linear(x, weight, self.bias, self.activation, self.activation_dtype)
+        plain, activation = not autocasts(x), self.activation
+        weight = self.operand("weight", x.dtype if plain else product_dtype(x), gated=activation == "swiglu")
+        held = self._parameters  # in which torch's own look-up takes as long to find something as a launch
+        bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401
+        return (fp4.linear if plain else fused_linear)(x, weight, bias, activation, self.activation_dtype)
 
     def explain(self, rows: int, dtype: torch.dtype | None = None) -> str:
         """One line: what computes `rows` rows of input in `dtype` (None is the layer's) where the layer is, and why."""

@@ -14,12 +14,15 @@ from apt_model.ops.fp4 import Operand, PackedWeight, Shuffled
 from apt_model.ops.fp4.naive import SLAB_WEIGHTS
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether products with `x` are under autocast."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The type in which a layer multiplies `x`: its own, or autocast's as for `nn.Linear`."""
-    kind = x.device.type
-    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) and x.dtype != torch.float64 else x.dtype
 
 
 def fused_linear(
@@ -30,11 +33,10 @@ def fused_linear(
     activation_dtype: str | None = None,
 ) -> Tensor:
     """`ops.fp4.linear` as a layer calls it: under autocast `x` is cast as for `nn.Linear`, and sums stay in fp32."""
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if not autocasts(x):
         return fp4.linear(x, weight, bias, activation, activation_dtype)
     x = x.to(product_dtype(x)) if x.is_floating_point() else x
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return fp4.linear(x, weight, bias, activation, activation_dtype)
 
 

@@ -1,6 +1,6 @@
 """What a launch of the FP4 kernels waits for, by Nsight Compute's counters.
 
-    python benchmarks/fp4/profile_ncu.py --ncu [--cells 8192x8192x16 ...] [--setting "Tile(1, 64, 4, 3, 5, 2)" ...] [--out FOLDER]
+    python benchmarks/fp4/profile_ncu.py --ncu [--cells 8192x8192x16 ...] [--setting "Tile(1, 64, 4, 3, 2)" ...] [--out FOLDER]
 
 A cell is N x K x M; without --setting its launch is the one that a layer would take. Without --ncu each launch is only
 done, between the marks that `ncu --profile-from-start off` looks for. With it this script runs itself under ncu, and

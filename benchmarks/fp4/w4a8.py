@@ -26,9 +26,10 @@ from torch import Tensor
 from apt_model.ops import fp4
 from apt_model.ops.fp4 import fp8, naive, slab
 from benchmarks import record
+from benchmarks.fp4 import cells as timed_cells
 from benchmarks.fp4 import linear, peers
 
-DEVICE = linear.DEVICE
+DEVICE = timed_cells.DEVICE
 SHAPES, SMALL_SHAPES = linear.SHAPES[:4], linear.SMALL_SHAPES
 MS, SMALL_MS = (256, 512, 1024, 2048, 4096, 8192), (5, 33)
 GOAL_M, GOAL = 4096, 1.6
@@ -149,17 +150,17 @@ def ready_to_time(build, case, weight):
     """An arm's timer, and how far it is from what it should give."""
     arm = build(case, weight)
     found = [arm.calls[0](case.x).float(), arm.calls[-1](case.x).float()]
-    timer = linear.Replay(arm.calls, case.x) if DEVICE == "cuda" else linear.Wall(arm.calls, case.x)
+    timer = timed_cells.Replay(arm.calls, case.x) if DEVICE == "cuda" else timed_cells.Wall(arm.calls, case.x)
     found += [timer.out.float()] if DEVICE == "cuda" else []
-    whole, worst = linear.errors(found, arm.expected().float())
-    limits = (0, 0) if arm.exact else linear.LIMITS
+    whole, worst = timed_cells.errors(found, arm.expected().float())
+    limits = (0, 0) if arm.exact else timed_cells.LIMITS
     if not (whole <= limits[0] and worst <= limits[1]):
         raise ArithmeticError(f"WRONG NUMBERS: relative error {whole:.2g}, largest {worst:.2g}")
-    return linear.Cell((whole, worst), timer, None)
+    return timed_cells.Cell((whole, worst), timer, None)
 
 
 def measure_shape(shape, options):
-    weight, rows = linear.weight_of(shape), []
+    weight, rows = timed_cells.weight_of(shape), []
     held = {}
     for form in ("nvfp4", "mxfp4"):
         packed = fp4.quantize(weight, form)
@@ -169,7 +170,7 @@ def measure_shape(shape, options):
         cells, failed = {}, {}
         for name in options.arms:
             form, build = ARMS[name]
-            cells[name], failed[name] = linear.attempt(ready_to_time, build, Case(x, *held[form]), weight)
+            cells[name], failed[name] = timed_cells.attempt(ready_to_time, build, Case(x, *held[form]), weight)
         timed = {name: each for name, each in cells.items() if each is not None}
         for _ in range(options.rounds):
             for each in timed.values():
@@ -197,7 +198,7 @@ def table(rows, shape):
     lines = [f"| {shape[0]} x {shape[1]} | {' | '.join(f'M={m}' for m in ms)} | spread |", "|---" * (len(ms) + 2) + "|"]
     for name in dict.fromkeys(row["arm"] for row in mine):
         by_m = {row["M"]: row for row in mine if row["arm"] == name}
-        cells = [linear._table_cell(by_m.get(m, {}), absolute=name == BASE or name.startswith("part")) for m in ms]
+        cells = [timed_cells._shown(by_m.get(m, {}), absolute=name == BASE or name.startswith("part")) for m in ms]
         spreads = [(row["us_highest"] - row["us_lowest"]) / row["us"] for row in by_m.values() if "us" in row]
         lines.append(f"| {name} | {' | '.join(cells)} | {f'{max(spreads):.0%}' if spreads else '-'} |")
         speed = by_m.get(GOAL_M, {}).get("speed")

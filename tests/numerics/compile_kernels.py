@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from apt_model.ops.fp4 import fp8, launch
+from apt_model.ops.fp4 import fp8, plan
 from apt_model.ops.fp4.fused_quantize import tile
 from apt_model.ops.fp4.kernel_decode import decode_kernel
 from apt_model.ops.fp4.kernel_quantize import quantize_kernel
@@ -121,7 +121,7 @@ def fp4_product_variants(capability):
             own = {"KEPT": setting.kept, "REP": setting.rep, "AHEAD": setting.ahead}
         constants = {
             "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "BLOCK": block,
-            "FP16": dtype == "fp16", "HAS_BIAS": True, "ACTIVATION": launch.CODES[activation], "PDL": capability >= 90,
+            "FP16": dtype == "fp16", "HAS_BIAS": True, "ACTIVATION": plan.CODES[activation], "PDL": capability >= 90,
             **own,
         }  # fmt: skip
         yield (

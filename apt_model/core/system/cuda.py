@@ -3,7 +3,7 @@
 import statistics
 import warnings
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -11,6 +11,26 @@ from apt_model.core.system.device import Device, Presence
 
 # Of a graph, to time it.
 _REPLAYS = 7
+
+
+def _stream(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+# What torch's own compiled code calls around a launch, with no frame of Python and no dispatcher: which device is the
+# current one, the driver's handle of a device's current stream, and a tensor on the current device, of shape, strides
+# and type, that nobody has filled.
+_C: Any = torch._C  # noqa: SLF001
+_guards = getattr(getattr(_C, "_dynamo", None), "guards", None)
+current_index: Callable[[], int] = getattr(_C, "_cuda_getDevice", torch.cuda.current_device)
+current_stream: Callable[[int], int] = getattr(_C, "_cuda_getCurrentRawStream", _stream)
+empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = getattr(
+    _guards, "_empty_strided_cuda", _empty
+)
 
 
 @final

@@ -13,7 +13,7 @@ from apt_model.core.errors import DeviceError, InputError
 from apt_model.core.options import require
 from apt_model.core.system.cuda import CudaDevice
 from apt_model.ops.fp4 import launch, naive, slab
-from apt_model.ops.fp4.compiled import Compiled, known, on_device
+from apt_model.ops.fp4.compiled import Compiled, Launch, known, recalled
 from apt_model.ops.fp4.layout import Shuffled, take_turns, take_turns_back
 from apt_model.ops.fp4.slab import Operand
 
@@ -105,7 +105,7 @@ def quantize_rows(x: Tensor, rest: Tensor, columns: int) -> Rows:
     from apt_model.ops.fp4.kernel_rows import rows_kernel  # noqa: PLC0415 - Triton's import
 
     x = x if x.stride(1) == 1 else x.contiguous()
-    (count, width), across, index = x.shape, _padded(x.shape[1]), x.device.index
+    (count, width), across = x.shape, _padded(x.shape[1])
     values = torch.empty(count, across, dtype=naive.E4M3, device=x.device)
     begin = -(-count // 4) * 4  # both begin at a multiple of 16 bytes
     scales = torch.empty(begin + columns, dtype=torch.float32, device=x.device)
@@ -113,11 +113,13 @@ def quantize_rows(x: Tensor, rest: Tensor, columns: int) -> Rows:
     size, once = block(across)
     share = 1 << (-(-columns // count) - 1).bit_length()
     constants = {"BLOCK": size, "ONCE": once, "SHARE": share}
-    key = ("rows", index, x.dtype, width, x.stride(0), x.data_ptr() % 16, rest.data_ptr() % 16, share)
-    with on_device(index):
-        known(key, lambda: Compiled(rows_kernel, constants, num_warps=warps(size)))(
-            (count, 1, 1), x, rest, values, scales, rests, width, across, x.stride(0), columns
-        )
+    key = ("rows", x.get_device(), x.dtype, *x.shape, x.stride(0), x.data_ptr() % 16, rest.data_ptr() % 16, columns)
+
+    def make() -> Launch:
+        kernel = known((*key, "kernel"), lambda: Compiled(rows_kernel, constants, num_warps=warps(size)))
+        return Launch(kernel, x.get_device(), (count, 1, 1), (width, across, x.stride(0), columns))
+
+    (recalled(key) or known(key, make))((x, rest, values, scales, rests))
     return Rows(values, scales[:count, None], rests[None])
 
 

@@ -35,21 +35,28 @@ def linear(
     Gradients flow to `x` and `bias`; the weight is frozen. With a gradient the activation is an operation of its own.
     With `activation_dtype` "fp8" many rows of x, and the weight, are rounded to E4M3 (`fp8.py`): not for a gradient.
     """
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    compiling = torch.compiler.is_compiling()
+    if not wants_gradient and not compiling and activation_dtype is None:
+        out = launch.again(x, weight, bias, activation)
+        if out is not None:
+            return out
     if not x.is_floating_point():
         raise InputError(f"fp4 linear: expected a float input, got {x.dtype}")
     if x.shape[-1] != weight.in_features:
         raise InputError(f"fp4 linear: expected x [..., {weight.in_features}], got {list(x.shape)}")
     if activation not in ACTIVATIONS:
         raise InputError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    if x.device != weight.device:
+        raise InputError(f"fp4 linear: expected x on {weight.device}, where the weight is, got {x.device}")
     fp8.check(activation_dtype, x.dtype)
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_gradient and activation is not None:
         return naive.activate(linear(x, weight, bias, None, activation_dtype), activation)
-    if torch.compiler.is_compiling():
+    if compiling:
         return _operator(x, *_parts(weight), bias, activation, activation_dtype)
     if wants_gradient:
         return _Linear.apply(x, weight, bias, activation_dtype)  # type: ignore[no-untyped-call]
-    return _forward(x, weight, bias, activation, activation_dtype)
+    return _anew(x, weight, bias, activation, activation_dtype)
 
 
 def wants_order(form: Format, device: torch.device, dtype: torch.dtype) -> bool:
@@ -93,8 +100,15 @@ def _fits(weight: Operand, dtype: torch.dtype, activation: str | None) -> bool:
 def _forward(
     x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None, activation_dtype: str | None
 ) -> Tensor:
+    out = launch.again(x, weight, bias, activation) if activation_dtype is None else None
+    return _anew(x, weight, bias, activation, activation_dtype) if out is None else out
+
+
+def _anew(
+    x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None, activation_dtype: str | None
+) -> Tensor:
     in_fp8 = activation_dtype is not None and fp8.serves(x.numel() // weight.in_features, x.device)
-    if not slab.usable(x.device, x.dtype) or x.numel() == 0:
+    if not slab.takes(x) or x.numel() == 0:
         return definition(x, weight, bias, activation, in_fp8=in_fp8)
     flat = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
     if in_fp8:
@@ -106,6 +120,7 @@ def _forward(
     else:
         assert isinstance(weight, Shuffled)
         out = launch.run(flat, weight, bias, activation, setting)
+        launch.remember(x, weight, bias, activation, setting)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -132,7 +147,7 @@ def _packed(weight: Operand) -> PackedWeight:
 
 def _input_gradient(upstream: Tensor, weight: Operand) -> Tensor:
     """dL/dx = upstream W, [..., K] in the type of `upstream`, a slab of rows at a time."""
-    if slab.usable(upstream.device, upstream.dtype) and upstream.numel():
+    if slab.takes(upstream) and upstream.numel():
         return slab.input_gradient(upstream.flatten(0, -2), weight).view(*upstream.shape[:-1], weight.in_features)
     weight = _packed(weight)
     wide = torch.promote_types(upstream.dtype, torch.float32)

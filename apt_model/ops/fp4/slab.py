@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apt_model.ops import HAS_TRITON
 from apt_model.ops.fp4 import naive
-from apt_model.ops.fp4.compiled import Compiled, known, on_device
+from apt_model.ops.fp4.compiled import Compiled, Launch, known, recalled
 from apt_model.ops.fp4.format import PackedWeight
 from apt_model.ops.fp4.layout import TILE_ROWS, Shuffled, take_turns, take_turns_back
 
@@ -25,6 +25,11 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels serve products on `device` in `dtype`."""
     return device.type == "cuda" and HAS_TRITON and dtype in _TYPES
+
+
+def takes(x: Tensor) -> bool:
+    """`usable` for `x`, where it is and as it is."""
+    return x.is_cuda and HAS_TRITON and x.dtype in _TYPES
 
 
 def unpacks(weight: Operand, dtype: torch.dtype) -> bool:
@@ -45,7 +50,7 @@ def linear(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | No
     bias = None if bias is None else bias.to(x.dtype)
     for first in range(0, rows, len(slab)):
         part = unpack(weight, slab, row=first)
-        target = out[:, first : first + len(part)]
+        target = out if len(part) == rows else out[:, first : first + len(part)]
         if bias is None or gated:
             torch.mm(x, part.T, out=target)
         else:
@@ -79,33 +84,53 @@ def unpack(weight: Operand, slab: Tensor, *, row: int = 0, column: int = 0) -> T
     `column` is a multiple of 32; of a weight in the kernels' order, `row` and `column` are multiples of 64, and rows of
     gate and up take turns where they do there. For E4M3 `weight` has its unit in the place of its global scale.
     """
-    from apt_model.ops.fp4.kernel_unpack import unpack_kernel, unpack_order_kernel  # noqa: PLC0415 - Triton's import
-
-    part = slab[: stored_rows(weight) - row]
-    (rows, width), stride, block = part.shape, part.stride(0), weight.format.block
-    has_divisor, index = weight.global_scale is not None, part.device.index
-    key = (index, block, has_divisor, part.dtype, width, stride, part.data_ptr() % 16)
-    with on_device(index):
-        if isinstance(weight, Shuffled):
-            half = weight.dtype == torch.float16
-            constants = {"BLOCK": block, "FP16": half, "HAS_DIVISOR": has_divisor}
-            known(("order", half, *key), lambda: Compiled(unpack_order_kernel, constants))(
-                (-(-rows // TILE_ROWS), -(-width // 128), 1),
-                weight.words, weight.scales, weight.alpha, weight.global_scale, part, rows, width, stride,
-                weight.words.shape[1] * 4, row // TILE_ROWS, column // 64,
-            )  # fmt: skip
-            return part
-        packed = weight.packed[row : row + rows, column // 2 :]
-        scale = weight.scale.view(torch.uint8)[row : row + rows, column // block :]
-        count = -(-width // 2)
-        size = min(512, 1 << max(count - 1, 1).bit_length())
-        pitches = (packed.stride(0), scale.stride(0), packed.data_ptr() % 16, scale.data_ptr() % 16)
-        constants = {"BLOCK": block, "HAS_DIVISOR": has_divisor, "BYTES": size}
-        known(("packed", pitches, *key), lambda: Compiled(unpack_kernel, constants))(
-            (rows, -(-count // size), 1),
-            packed, scale, weight.global_scale, part, width, packed.stride(0), scale.stride(0), stride,
-        )  # fmt: skip
+    rows = min(len(slab), stored_rows(weight) - row)
+    part = slab if rows == len(slab) else slab[:rows]
+    block = weight.format.block
+    about = (part.shape, part.stride(), part.dtype, part.data_ptr() % 16, part.get_device(), block)
+    if isinstance(weight, Shuffled):
+        key = ("order", *about, weight.dtype, weight.in_features, row, column, weight.global_scale is None)
+        launch: Launch = recalled(key) or known(key, lambda: _from_order(weight, part, row, column))
+        launch((weight.words, weight.scales, weight.alpha, weight.global_scale, part))
+        return part
+    packed = weight.packed[row : row + rows, column // 2 :]
+    scale = weight.scale.view(torch.uint8)[row : row + rows, column // block :]
+    pitches = (packed.stride(0), scale.stride(0), packed.data_ptr() % 16, scale.data_ptr() % 16)
+    key = ("packed", *about, *pitches, weight.global_scale is None)  # type: ignore[assignment]
+    launch = recalled(key) or known(key, lambda: _from_packed(weight, part, pitches))
+    launch((packed, scale, weight.global_scale, part))
     return part
+
+
+def _from_order(weight: Shuffled, part: Tensor, row: int, column: int) -> Launch:
+    from apt_model.ops.fp4.kernel_unpack import unpack_order_kernel  # noqa: PLC0415 - Triton is not everywhere
+
+    (rows, width), pitch = part.shape, part.stride(0)
+    constants = {
+        "BLOCK": weight.block, "FP16": weight.dtype == torch.float16, "HAS_DIVISOR": weight.global_scale is not None,
+    }  # fmt: skip
+    kind = ("order kernel", *constants.values(), *_kind(part))
+    kernel = known(kind, lambda: Compiled(unpack_order_kernel, constants))
+    grid = (-(-rows // TILE_ROWS), -(-width // 128), 1)
+    numbers = (rows, width, pitch, weight.words.shape[1] * 4, row // TILE_ROWS, column // 64)
+    return Launch(kernel, part.get_device(), grid, numbers)
+
+
+def _from_packed(weight: PackedWeight, part: Tensor, pitches: tuple[int, ...]) -> Launch:
+    from apt_model.ops.fp4.kernel_unpack import unpack_kernel  # noqa: PLC0415 - Triton is not everywhere
+
+    (rows, width), pitch = part.shape, part.stride(0)
+    count = -(-width // 2)
+    size = min(512, 1 << max(count - 1, 1).bit_length())
+    constants = {"BLOCK": weight.format.block, "HAS_DIVISOR": weight.global_scale is not None, "BYTES": size}
+    kind = ("packed kernel", *constants.values(), *pitches, *_kind(part))
+    kernel = known(kind, lambda: Compiled(unpack_kernel, constants))
+    return Launch(kernel, part.get_device(), (rows, -(-count // size), 1), (width, *pitches[:2], pitch))
+
+
+def _kind(part: Tensor) -> tuple[object, ...]:
+    """What Triton would look at to find the kernel again."""
+    return part.get_device(), part.dtype, part.shape[1], part.stride(0), part.data_ptr() % 16
 
 
 def stored_rows(weight: Operand) -> int:

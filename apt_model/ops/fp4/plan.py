@@ -1,0 +1,152 @@
+"""What is launched for a product of one kind: which kernel, its grid and numbers, and what the result looks like."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apt_model.core.system import cuda
+from apt_model.ops.fp4.compiled import Box, Compiled, Launch, View, known
+from apt_model.ops.fp4.layout import COUNTERS, Shuffled
+from apt_model.ops.fp4.tables import Decode, Tile
+
+CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "swiglu": 5}
+
+
+def likeness(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None) -> tuple[Any, ...]:
+    """All that a product's launch depends on, and what Triton would look at to find the kernel again."""
+    return (
+        x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device(), weight.words.get_device(), weight.dtype,
+        weight.block, weight.out_features, weight.in_features, weight.gated, activation,
+        None if bias is None else (bias.dtype, bias.data_ptr() % 16),
+    )  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What is launched for x of one shape, and what it writes to."""
+
+    launch: Launch | None  # None: x has to be copied before
+    shape: tuple[int, ...] = ()  # of the result
+    strides: tuple[int, ...] = ()
+    sums: int = 0  # floats for sums over parts of the inputs
+    counters: int = 0  # where the weight's own do not suffice
+
+    def run(self, x: Tensor, weight: Shuffled, bias: Tensor | None) -> Tensor:
+        """The product; of x only its type and its memory matter."""
+        assert self.launch is not None
+        if self.launch.index != cuda.current_index():
+            with torch.accelerator.device_index(self.launch.index):
+                return self.run(x, weight, bias)
+        out = cuda.empty(self.shape, self.strides, x.dtype)
+        sums = cuda.empty((self.sums,), (1,), torch.float32) if self.sums else None
+        counters = weight.counters.new_zeros(self.counters) if self.counters else weight.counters
+        self.launch((x, weight.words, weight.scales, weight.alpha, bias, out, sums, counters))
+        return out
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor with no gaps."""
+    steps = [1]
+    for size in shape[:0:-1]:
+        steps.append(steps[-1] * size)
+    return tuple(steps[::-1])
+
+
+def make(
+    x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile, *, early: bool
+) -> Plan:
+    """How x [M, K] is multiplied by a launch of this setting; `early`: it may begin before the one in front ends."""
+    if not (is_aligned(x, setting) if described(setting) else x.is_contiguous()):
+        return Plan(None)
+    (m, k), pitch, index = x.shape, x.stride(0), x.get_device()
+    tiles, groups = weight.words.shape[:2]
+    setting = _fitted(setting, tiles, groups)
+    width = weight.out_features // 2 if weight.gated else weight.out_features
+    rows = tiles // setting.wg
+    spots = rows * -(-m // setting.bm)
+    views: tuple[View, ...] = ()
+    if isinstance(setting, Tile):
+        chunks = -(-k // 64)
+        grid = (-(-m // setting.bm), rows, setting.split)
+        steps = -(-chunks // setting.c)
+        numbers: tuple[int, ...] = (m, width, chunks, -(-steps // setting.split))
+        codes, scales = (tiles, groups * 8, 256), (tiles, groups * 4, 1024 // weight.block)
+        views = ((m, k), (pitch, 1)), (codes, contiguous(codes)), (scales, contiguous(scales))
+    else:
+        grid = (rows, setting.split, 1)
+        numbers = (m, width, k, pitch, groups, -(-groups // setting.split))
+        if setting.kept:
+            views = (((k // 64, m, 64), (64, pitch, 1)),)
+    # The same kernel serves other numbers of rows.
+    key = ("product", setting, k, pitch, *likeness(x, weight, bias, activation)[3:])
+    kernel = known(key, lambda: _product(setting, weight, bias is not None, activation, early))
+    sums = spots * setting.split * setting.wg * 64 * setting.bm if setting.split > 1 else 0
+    counters = spots if sums and spots > tiles * COUNTERS else 0
+    shape = (m, width)
+    return Plan(Launch(kernel, index, grid, numbers, views), shape, contiguous(shape), sums, counters)
+
+
+def _product(setting: Decode | Tile, weight: Shuffled, has_bias: bool, activation: str | None, early: bool) -> Compiled:
+    """One of the two kernels, with the boxes that it brings to shared memory."""
+    from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
+
+    from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
+    from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
+
+    options: dict[str, Any] = {"num_warps": setting.warps, "launch_pdl": early}
+    own = {"SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm}
+    if isinstance(setting, Tile):
+        function: Any = tile_kernel
+        own |= {"C": setting.c, "STAGES": setting.stages}
+        plain = gl.NVMMASharedLayout(0, 32, 3)
+        boxes: tuple[Box, ...] = (
+            ([setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)),
+            ([setting.wg, setting.c * 2, 256], plain),
+            ([setting.wg, setting.c, 1024 // weight.block], plain),
+        )
+    else:
+        function = decode_kernel
+        own |= {"REP": setting.rep, "KEPT": setting.kept, "AHEAD": setting.ahead}
+        boxes = (([setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)),)
+        if setting.ahead == 4 and setting.rep == 1:
+            options["maxnreg"] = 64
+    common = {
+        "BLOCK": weight.block, "FP16": weight.dtype == torch.float16, "HAS_BIAS": has_bias,
+        "ACTIVATION": CODES[activation], "PDL": early,
+    }  # fmt: skip
+    return Compiled(function, {**own, **common}, boxes=boxes, **options)
+
+
+@functools.cache
+def _fitted(setting: Decode | Tile, tiles: int, groups: int) -> Decode | Tile:
+    """Every warpgroup has its 64 rows, and no slice of the inputs is empty or shorter than what is loaded ahead."""
+    while tiles % setting.wg:
+        setting = setting._replace(wg=setting.wg // 2)
+    if isinstance(setting, Decode):
+        setting = setting._replace(rep=min(setting.rep, setting.wg))
+    return _whole_slices(setting, groups) if isinstance(setting, Decode) else setting
+
+
+def _whole_slices(setting: Decode, groups: int) -> Decode:
+    """No slice of the inputs is empty, and each has as many groups as are loaded ahead, or a multiple."""
+    per = -(-groups // setting.split)
+    setting = setting._replace(split=-(-groups // per))
+    fits = per % (setting.ahead // 4) == 0 and groups % (setting.ahead // 4) == 0
+    return setting if fits else setting._replace(ahead=4)
+
+
+def described(setting: Decode | Tile) -> bool:
+    """Whether the kernel takes x as a tensor descriptor."""
+    return isinstance(setting, Tile) or setting.kept > 0
+
+
+def whole(setting: Decode | Tile) -> int:
+    """What the width of x has to be a multiple of, for a tensor descriptor."""
+    return 8 if isinstance(setting, Tile) else 64
+
+
+def is_aligned(x: Tensor, setting: Decode | Tile) -> bool:
+    """Whether a tensor descriptor takes x as it is."""
+    (_, k), (pitch, step) = x.shape, x.stride()
+    return k % whole(setting) == 0 and step == 1 and pitch % 8 == 0 and pitch >= k and x.data_ptr() % 16 == 0
