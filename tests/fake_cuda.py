@@ -27,11 +27,24 @@ class FakeCuda:
     def __init__(self, sizes: dict[int, list[int]] | None = None) -> None:
         self.sizes, self.seen, self.encoded = sizes or {}, [], 0
         self.result = self.map_result = 0
+        self.entered, self.cured = [], False  # devices whose context was made current, and whether that helps
         pointer, number = ctypes.c_void_p, ctypes.c_uint
         self.cuLaunchKernelEx = ctypes.CFUNCTYPE(ctypes.c_int, *[pointer] * 4)(self._launch)
         self.cuTensorMapEncodeTiled = ctypes.CFUNCTYPE(
             ctypes.c_int, pointer, number, number, pointer, *[pointer] * 4, *[number] * 4
         )(self._encode)
+        self.cuDevicePrimaryCtxRetain = ctypes.CFUNCTYPE(ctypes.c_int, pointer, ctypes.c_int)(lambda *_: 0)
+        self.cuDevicePrimaryCtxRelease_v2 = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(self._release)
+        self.cuCtxSetCurrent = ctypes.CFUNCTYPE(ctypes.c_int, pointer)(self._enter)
+
+    def _enter(self, _: int | None) -> int:
+        if self.cured:
+            self.result = self.map_result = 0
+        return 0
+
+    def _release(self, device: int) -> int:
+        self.entered.append(device)
+        return 0
 
     def _launch(self, config: int, function: int, table: int, extra: int | None) -> int:
         if self.result:

@@ -334,6 +334,17 @@ def test_a_map_that_cannot_be_made_leaves_the_launch_to_triton(driver):
     assert made._maps[0].found == {}
 
 
+@pytest.mark.parametrize("refused", ["result", "map_result"])
+def test_a_thread_without_a_context_is_given_the_device_s(driver, refused):
+    x, w = torch.zeros(6, 64), torch.zeros(3)
+    driver.sizes[HANDLE] = [128, 4, 4, 8, 8, 8, 4, 8, 8]
+    made = direct.Direct(described(), -1, (x, w), (1, 1, 1), (5,), (((6, 64), (64, 1)),))
+    driver.cured = True
+    setattr(driver, refused, 201)
+    assert made((x, w))
+    assert (driver.entered, len(driver.seen)) == ([-1], 1)
+
+
 def test_who_hooks_into_launches_hears_of_all(driver, monkeypatch):
     of, _, go = launch_of(plain())
     driver.sizes[HANDLE] = [8, 8, 4, 8, 8, 8]

@@ -27,8 +27,18 @@ _CONFIG, _STREAM, _GIVEN = 64, 96, 128
 def library() -> Any:
     """The driver; `OSError` or `AttributeError` where there is none, or one that is older than what is called here."""
     found = ctypes.CDLL("libcuda.so.1")  # lets other threads run during a call
-    _ = found.cuLaunchKernelEx, found.cuTensorMapEncodeTiled
+    _ = found.cuLaunchKernelEx, found.cuTensorMapEncodeTiled, found.cuDevicePrimaryCtxRelease_v2
     return found
+
+
+def enter(driver: Any, device: int) -> bool:
+    """Make the device's primary context this thread's own, as a thread that has not called CUDA has none."""
+    context = ctypes.c_void_p()
+    if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
+        return False
+    entered = driver.cuCtxSetCurrent(context) == 0
+    driver.cuDevicePrimaryCtxRelease_v2(device)  # torch keeps it
+    return entered
 
 
 class Function(NamedTuple):

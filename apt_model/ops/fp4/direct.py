@@ -13,7 +13,7 @@ from torch import Tensor
 from triton import knobs
 
 from apt_model.core.system import cuda
-from apt_model.core.system.cuda_driver import MAP, Function, KernelLaunch, Parameter, TensorMap, library
+from apt_model.core.system.cuda_driver import MAP, Function, KernelLaunch, Parameter, TensorMap, enter, library
 from apt_model.ops.fp4.compiled import View, known
 
 LOG = logging.getLogger(__name__)
@@ -21,6 +21,8 @@ LOG = logging.getLogger(__name__)
 _ELEMENTS = {3: 3, 6: 6, 10: 9}
 # Bytes of shared memory from which Triton launches otherwise: more than a block of Hopper has.
 _MOST_SHARED = 227 * 1024
+# CUDA_ERROR_INVALID_CONTEXT; and for a map that is not made.
+_NO_CONTEXT = 201
 # Places of a tensor for which a launch keeps its map.
 _MOST_MAPS = 1024
 _ENTRY = re.compile(r"\.visible\s+\.entry\s+[\w$]+\s*\(([^)]*)\)")
@@ -143,20 +145,28 @@ class Direct:
         """Launch on the current stream; False where another device is the current one, or the launch is Triton's."""
         if cuda.current_index() != self._index or hooked():
             return False
-        given: list[Any] = []
+        addresses = []
         for tensor in tensors:
             if tensor is not None:
                 if not tensor.is_cuda:  # which Triton asks the driver, and says
                     return False
-                given.append(tensor.data_ptr())
-        for i, maps in enumerate(self._maps):
-            made = given[i] = maps.found.get(given[i]) or maps.make(given[i])
-            if made is None:
-                return False
-        result = self._launch(cuda.current_stream(self._index), given)
-        if result:  # 201 is a thread without a context, which Triton's launcher gives it
+                addresses.append(tensor.data_ptr())
+        result = self._at(addresses)
+        if result == _NO_CONTEXT and enter(library(), self._index):
+            result = self._at(addresses)
+        if result:
             LOG.info("a launch is left to Triton: the driver's result is %d", result)
         return not result
+
+    def _at(self, addresses: list[int]) -> int:
+        """Launch with tensors that are there; the driver's result."""
+        given: list[Any] = [*addresses]
+        for i, maps in enumerate(self._maps):
+            made = maps.found.get(addresses[i]) or maps.make(addresses[i])
+            if made is None:
+                return _NO_CONTEXT
+            given[i] = made
+        return self._launch(cuda.current_stream(self._index), given)
 
 
 class _Maps:
