@@ -156,6 +156,7 @@ def ready_to_time(build, case, weight):
     limits = (0, 0) if arm.exact else timed_cells.LIMITS
     if not (whole <= limits[0] and worst <= limits[1]):
         raise ArithmeticError(f"WRONG NUMBERS: relative error {whole:.2g}, largest {worst:.2g}")
+    timer.operands = arm  # a replay reads the memory that its calls were recorded with
     return timed_cells.Cell((whole, worst), timer, None)
 
 

@@ -95,7 +95,9 @@ def tile_kernel(
     ACTIVATION: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Rows program_id(0) of x (BM of them) by tile program_id(1) of WG * 64 rows, slice program_id(2) of the inputs.
+    """Rows program_id(0) of x (BM of them) by tile program_id(1) of WG * 64 rows; slice program_id(2) of the inputs.
+
+    No slice is empty (its first step is waited for).
 
     A step takes C chunks of 64 inputs. While the matrix unit works on one chunk the next one's weights are decoded, and
     those and x of STAGES - 1 more steps are on their way. (Weights loaded to registers would be waited for all at once:

@@ -61,7 +61,7 @@ def make(
         return Plan(None)
     (m, k), pitch, index = x.shape, x.stride(0), x.get_device()
     tiles, groups = weight.words.shape[:2]
-    setting = _fitted(setting, tiles, groups)
+    setting = _fitted(setting, tiles, groups, -(-k // 64))
     width = weight.out_features // 2 if weight.gated else weight.out_features
     rows = tiles // setting.wg
     spots = rows * -(-m // setting.bm)
@@ -119,13 +119,14 @@ def _product(setting: Decode | Tile, weight: Shuffled, has_bias: bool, activatio
 
 
 @functools.cache
-def _fitted(setting: Decode | Tile, tiles: int, groups: int) -> Decode | Tile:
+def _fitted(setting: Decode | Tile, tiles: int, groups: int, chunks: int) -> Decode | Tile:
     """Every warpgroup has its 64 rows, and no slice of the inputs is empty or shorter than what is loaded ahead."""
     while tiles % setting.wg:
         setting = setting._replace(wg=setting.wg // 2)
-    if isinstance(setting, Decode):
-        setting = setting._replace(rep=min(setting.rep, setting.wg))
-    return _whole_slices(setting, groups) if isinstance(setting, Decode) else setting
+    if isinstance(setting, Tile):
+        steps = -(-chunks // setting.c)
+        return setting._replace(split=-(-steps // -(-steps // setting.split)))
+    return _whole_slices(setting._replace(rep=min(setting.rep, setting.wg)), groups)
 
 
 def _whole_slices(setting: Decode, groups: int) -> Decode:
