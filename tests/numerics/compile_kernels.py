@@ -18,7 +18,7 @@ from apt_model.ops.fp4.kernel_decode import decode_kernel
 from apt_model.ops.fp4.kernel_quantize import quantize_kernel
 from apt_model.ops.fp4.kernel_rows import rows_kernel
 from apt_model.ops.fp4.kernel_tile import tile_kernel
-from apt_model.ops.fp4.kernel_unpack import unpack_kernel, unpack_order_kernel
+from apt_model.ops.fp4.kernel_unpack import unpack_kernel, unpack_order_kernel, unpack_pairs_kernel
 from apt_model.ops.fp4.tables import Decode, Tile
 from apt_model.ops.left_spin import kernel as left_spin
 
@@ -56,7 +56,7 @@ def fp4_quantize_variants():
         yield quantize_kernel, signature, constants, {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def fp4_unpack_variants(*, fp8=False):
+def fp4_unpack_variants(*, fp8=False, ptx=False):
     kinds = [("fp8e4nv", 16, True), ("fp8e4nv", 32, True)] if fp8 else [
         (out, *kind) for out, kind in itertools.product(("bf16", "fp16", "fp32"), [(16, True), (32, False)])
     ]  # fmt: skip
@@ -72,6 +72,11 @@ def fp4_unpack_variants(*, fp8=False):
             **dict.fromkeys(("rows", "width", "out_stride", "chunks", "first_tile", "first_chunk"), "i32"),
         }  # fmt: skip
         yield unpack_order_kernel, signature, {"BLOCK": block, "FP16": out == "fp16", "HAS_DIVISOR": divisor}, {}
+        if ptx and out != "fp32":
+            signature = {name: kind for name, kind in signature.items() if name != "divisor_ptr"}
+            signature["out_ptr"] = "*i16" if fp8 else "*i32"
+            for fp16 in {out == "fp16", fp8}:
+                yield unpack_pairs_kernel, signature, {"BLOCK": block, "FP16": fp16, "E4M3": fp8, "CHUNKS": 4}, {}
 
 
 def fp8_rows_variants():
@@ -135,9 +140,9 @@ def fp4_product_variants(capability):
 def main(name: str) -> None:
     backend, _, arch = name.partition(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
-    variants = [*left_spin_variants(), *fp4_quantize_variants(), *fp4_unpack_variants()]
+    variants = [*left_spin_variants(), *fp4_quantize_variants(), *fp4_unpack_variants(ptx=backend == "cuda")]
     if backend == "cuda" and int(arch) >= 89:  # Triton has E4M3 from there on
-        variants += [*fp8_rows_variants(), *fp4_unpack_variants(fp8=True)]
+        variants += [*fp8_rows_variants(), *fp4_unpack_variants(fp8=True, ptx=True)]
     if backend == "cuda":
         variants += fp4_product_variants(int(arch))
     for kernel, signature, constants, options in variants:

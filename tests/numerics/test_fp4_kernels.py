@@ -176,6 +176,22 @@ def test_unpacking_the_kernels_order_is_the_definition_bit_for_bit(rows, width, 
     assert torch.equal(got, naive.dequantize(weight, dtype))
 
 
+@on_gpu
+@pytest.mark.parametrize(("divisor", "exact"), [(64.0, True), (2.0**22, True), (48.0, False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(3, 64), (70, 300), (130, 1000), (64, 4098)])
+def test_unpacking_in_pairs_is_the_definition_bit_for_bit(rows, width, dtype, divisor, exact):
+    weight = packed(rows, width, divisor=divisor)
+    order = shuffle(weight, dtype)
+    assert order.exact == (exact and (dtype == torch.bfloat16 or divisor < 2**22))
+    for row, column in ((0, 0), (64, 0), (0, 64), (0, 256)):
+        if row < rows and column < width:
+            memory = torch.full((rows - row, width - column + 2), torch.nan, device=DEVICE, dtype=dtype)
+            got = slab.unpack(order, memory[:, : width - column], row=row, column=column)
+            assert torch.equal(got, naive.dequantize(weight, dtype)[row:, column:])
+            assert memory[:, width - column :].isnan().all()
+
+
 def test_a_slab_of_the_kernels_order_may_begin_anywhere():
     weight = packed(200, 600)
     expected = naive.dequantize(weight, torch.float16)

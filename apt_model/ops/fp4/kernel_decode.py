@@ -14,51 +14,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from apt_model.ops.fp4.kernel_names import barrier, reinterpret, tma_load
-from apt_model.ops.fp4.layout import COPIES, PAIRS, PLACES
+from apt_model.ops.fp4.ptx import decoding
 
 # What ACTIVATION says.
 RELU, GELU, GELU_TANH, SILU, SWIGLU = (gl.constexpr(code) for code in range(1, 6))
-
-
-def decoding(dtype):
-    """PTX that makes of one word, eight codes, four pairs of `dtype`, as `layout.py` has solved the word for.
-
-    The bits that are picked are the value times 2^-126 (fp16: 2^-14). Then times the scale, whose bits are s * 2^119
-    (2^7); the product s * w * 2^-7 is exact. A multiplication alone needs compute capability 9.
-    """
-    names, half = ("$8", "p", "q", "r", "v"), "bf16x2" if dtype == torch.bfloat16 else "f16x2"
-    mask = f"0x{sum(1 << place for place in PLACES[dtype]) * 0x10001:08X}"
-    lines = []
-    for name, (shift, *turned) in zip(names[1:], COPIES[dtype][1:], strict=True):
-        kind = (
-            "shf.l.wrap.b32 {}, $8, $8, {};"
-            if turned
-            else "shl.b32 {}, $8, {};"
-            if shift > 0
-            else "shr.u32 {}, $8, {};"
-        )
-        lines.append(kind.format(name, abs(shift)))
-    for name, copies in zip("abcd", PAIRS[dtype], strict=True):
-        one, *other = (names[copy] for copy in copies)
-        lines.append(
-            f"lop3.b32 {name}, {one}, {other[0]}, {mask}, 0x28;" if other else f"and.b32 {name}, {one}, {mask};"
-        )
-    lines += [f"fma.rn.{half} {name}, {name}, {scale}, z;" for name, scale in zip("abcd", "ulul", strict=True)]
-    return """
-{
-.reg .b32 p, q, r, v, a, b, c, d, z, u, l;
-.reg .b16 s, t;
-mov.b32 z, 0x80008000;
-mov.b32 {s, t}, $9;
-mov.b32 u, {s, s};
-mov.b32 l, {t, t};
-LINES
-mov.b32 {$0, $1}, a;
-mov.b32 {$2, $3}, b;
-mov.b32 {$4, $5}, c;
-mov.b32 {$6, $7}, d;
-}
-""".replace("LINES", "\n".join(lines))
 
 
 DECODE_BF16 = gl.constexpr(decoding(torch.bfloat16))

@@ -1,9 +1,20 @@
-"""Packed weights back to 16 or 32 bits, a slab of rows in one launch. Plain Triton: any GPU that Triton knows."""
+"""Packed weights back to 8, 16 or 32 bits, a slab of rows in one launch.
+
+Plain Triton, for any GPU that Triton knows; on NVIDIA's the kernels' order is taken apart in pairs, with PTX.
+"""
 
 # mypy: ignore-errors
 # (Triton's language is not Python to a type checker.)
+import torch
 import triton
 import triton.language as tl
+
+from apt_model.ops.fp4.ptx import unpacking, unpacking_to_e4m3
+
+BF16_PAIRS = tl.constexpr(unpacking(torch.bfloat16))
+FP16_PAIRS = tl.constexpr(unpacking(torch.float16))
+BF16_TO_E4M3 = tl.constexpr(unpacking_to_e4m3(torch.bfloat16))
+FP16_TO_E4M3 = tl.constexpr(unpacking_to_e4m3(torch.float16))
 
 
 @triton.jit
@@ -106,3 +117,53 @@ def pair_of_values(field, FP16: tl.constexpr):
         return both * 16384.0
     # bf16 is the upper half of fp32, of which these are subnormal numbers and their neighbours: times 2^126.
     return tl.join(field << 16, field & -65536).to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "first_tile", "first_chunk"])
+def unpack_pairs_kernel(
+    words_ptr, scales_ptr, alpha_ptr, out_ptr, rows, width, out_stride, chunks, first_tile, first_chunk,
+    BLOCK: tl.constexpr, FP16: tl.constexpr, E4M3: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """As `unpack_order_kernel`, CHUNKS of 64 inputs from program_id(1), where `Shuffled.exact`; with NVIDIA's PTX.
+
+    Two weights beside each other stay in one register. `out`, its stride and `width` are in pairs: of int16 for E4M3,
+    of int32 for the order's own type.
+    """
+    SCALES: tl.constexpr = 1024 // BLOCK
+    tile, chunk = tl.program_id(0), tl.program_id(1) * CHUNKS
+    at = (first_tile + tile).to(tl.int64) * chunks + first_chunk + chunk
+    q = tl.load(words_ptr + at * 512 + tl.arange(0, CHUNKS * 512)).reshape([CHUNKS, 4, 8, 4, 4])  # c w g t j
+    s = tl.load(scales_ptr + at * SCALES + tl.arange(0, CHUNKS * SCALES))
+    turned = (s << 24) | ((s >> 8) & 0xFFFFFF)
+    if BLOCK == 16 and not FP16:
+        s = tl.join((s & 0x0FF00FF0) | 0x70007000, (turned & 0x0FF00FF0) | 0x70007000)
+    else:
+        s = tl.join((s & 0x0FF00FF0) << 3, (turned & 0x0FF00FF0) << 3)
+    if BLOCK == 32:
+        s = tl.join(s, s)  # a block is two products long
+    s = s.reshape([CHUNKS, 4, 8, 1, 4]).broadcast_to([CHUNKS, 4, 8, 4, 4])
+    factor = tl.load(alpha_ptr)
+    if E4M3:
+        factor = tl.div_rn(factor, tl.load(alpha_ptr + 1))
+    if FP16:
+        half = factor.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    else:
+        half = factor.to(tl.int32, bitcast=True) >> 16
+    factor = half | (half << 16)
+    if E4M3:
+        TO_E4M3: tl.constexpr = FP16_TO_E4M3 if FP16 else BF16_TO_E4M3
+        a, b, c, d = tl.inline_asm_elementwise(
+            TO_E4M3, "=h,=h,=h,=h,r,r,r", [q, s, factor], dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    else:
+        PAIRS: tl.constexpr = FP16_PAIRS if FP16 else BF16_PAIRS
+        a, b, c, d = tl.inline_asm_elementwise(
+            PAIRS, "=r,=r,=r,=r,r,r,r", [q, s, factor], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    out = tl.join(tl.join(a, b), tl.join(c, d))  # c w g t j r h
+    out = out.permute([1, 5, 2, 0, 4, 6, 3]).reshape([64, CHUNKS * 32])  # w r g, c j h t
+    row = tile * 64 + tl.arange(0, 64)[:, None]
+    column = chunk * 32 + tl.arange(0, CHUNKS * 32)[None, :]
+    tl.store(out_ptr + row.to(tl.int64) * out_stride + column, out, mask=(row < rows) & (column < width))

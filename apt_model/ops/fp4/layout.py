@@ -9,6 +9,7 @@ The operand of one product over 16 inputs gives lane 4 g + t of a warp the weigh
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ class Shuffled(NamedTuple):
     block: int
     gated: bool  # rows of gate and up in turns of eight, for swiglu
     dtype: torch.dtype  # of x: bfloat16 or float16, which have the codes' bits in other places
+    exact: bool  # alpha's first is a power of two that `dtype` has: a weight in it is the product's operand times that
 
     @property
     def format(self) -> Format:
@@ -97,6 +99,7 @@ def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) ->
             global_scale=weight.global_scale,
             alpha=torch.stack([one.alpha for one in each]),
             counters=torch.stack([one.counters for one in each]),
+            exact=all(one.exact for one in each),
         )
     form, (rows, size) = weight.format, weight.shape
     packed, scale = weight.packed, weight.scale.view(torch.uint8)
@@ -120,7 +123,14 @@ def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) ->
         words[i : i + step] = _words(F.pad(packed[at], missing), dead[at], form.block, dtype)
     # Last: a kernel may begin before the launch in front of it has ended, and reads the counters late.
     counters = torch.zeros(tiles * COUNTERS, dtype=torch.int32, device=words.device)
-    return Shuffled(words, scales, weight.global_scale, alpha, counters, rows, size, form.block, gated, dtype)
+    exact = _is_power_of_two(float(alpha[0]), dtype)
+    return Shuffled(words, scales, weight.global_scale, alpha, counters, rows, size, form.block, gated, dtype, exact)
+
+
+def _is_power_of_two(value: float, dtype: torch.dtype) -> bool:
+    """Whether `value` is one, and a normal number of `dtype`."""
+    smallest, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    return math.frexp(value)[0] == 0.5 and smallest <= value <= largest
 
 
 def shuffle_if_reversible(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) -> Shuffled | None:

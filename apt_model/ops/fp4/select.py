@@ -185,6 +185,7 @@ def _parts(weight: Operand) -> Parts:
         weight.block,
         int(weight.gated),
         int(weight.dtype == torch.float16),
+        int(weight.exact),
     ]
     return *weight[:5], facts
 
@@ -194,8 +195,8 @@ def _whole(*parts: Any) -> Operand:
     if len(facts) == 1:
         return PackedWeight(codes, scale, global_scale, facts[0])
     half = torch.float16 if facts[4] else torch.bfloat16
-    rows, width, block, gated, _ = facts
-    return Shuffled(codes, scale, global_scale, alpha, counters, rows, width, block, bool(gated), half)
+    rows, width, block, gated, _, exact = facts
+    return Shuffled(codes, scale, global_scale, alpha, counters, rows, width, block, bool(gated), half, bool(exact))
 
 
 class _Linear(torch.autograd.Function):

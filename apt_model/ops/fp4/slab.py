@@ -3,9 +3,12 @@
 The buffer stays in the GPU's cache between the two; it is all the memory that this takes beside operands and result.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from apt_model.core.system.cuda import CudaDevice
 from apt_model.ops import HAS_TRITON
 from apt_model.ops.fp4 import naive
 from apt_model.ops.fp4.compiled import Compiled, Launch, known, recalled
@@ -90,7 +93,14 @@ def unpack(weight: Operand, slab: Tensor, *, row: int = 0, column: int = 0) -> T
     about = (part.shape, part.stride(), part.dtype, part.data_ptr() % 16, part.get_device(), block)
     if isinstance(weight, Shuffled):
         key = ("order", *about, weight.dtype, weight.in_features, row, column, weight.global_scale is None)
-        launch: Launch = recalled(key) or known(key, lambda: _from_order(weight, part, row, column))
+        pairs = _pairs(weight, part)
+        if pairs is not None:
+            launch: Launch = recalled((*key, "pairs")) or known(
+                (*key, "pairs"), lambda: _in_pairs(weight, pairs, row, column)
+            )
+            launch((weight.words, weight.scales, weight.alpha, pairs))
+            return part
+        launch = recalled(key) or known(key, lambda: _from_order(weight, part, row, column))
         launch((weight.words, weight.scales, weight.alpha, weight.global_scale, part))
         return part
     packed = weight.packed[row : row + rows, column // 2 :]
@@ -114,6 +124,33 @@ def _from_order(weight: Shuffled, part: Tensor, row: int, column: int) -> Launch
     grid = (-(-rows // TILE_ROWS), -(-width // 128), 1)
     numbers = (rows, width, pitch, weight.words.shape[1] * 4, row // TILE_ROWS, column // 64)
     return Launch(kernel, part.get_device(), grid, numbers)
+
+
+def _in_pairs(weight: Shuffled, pairs: Tensor, row: int, column: int) -> Launch:
+    from apt_model.ops.fp4.kernel_unpack import unpack_pairs_kernel  # noqa: PLC0415 - Triton is not everywhere
+
+    (rows, width), pitch = pairs.shape, pairs.stride(0)
+    chunks = math.gcd(column // 64, 4)
+    constants = {
+        "BLOCK": weight.block, "FP16": weight.dtype == torch.float16, "E4M3": pairs.dtype == torch.int16,
+        "CHUNKS": chunks,
+    }  # fmt: skip
+    kind = ("pairs kernel", *constants.values(), *_kind(pairs))
+    kernel = known(kind, lambda: Compiled(unpack_pairs_kernel, constants))
+    numbers = (rows, width, pitch, weight.words.shape[1] * 4, row // TILE_ROWS, column // 64)
+    return Launch(kernel, pairs.get_device(), (-(-rows // TILE_ROWS), -(-width // (32 * chunks)), 1), numbers)
+
+
+def _pairs(weight: Shuffled, part: Tensor) -> Tensor | None:
+    """`part` as pairs of weights, where these are unpacked as such; exactly, and by PTX."""
+    to_e4m3 = part.dtype == torch.float8_e4m3fn
+    if not (to_e4m3 or (part.dtype == weight.dtype and weight.exact)):
+        return None
+    if part.shape[1] % 2 or part.stride(0) % 2 or part.data_ptr() % (2 * part.element_size()) or not part.is_cuda:
+        return None
+    if CudaDevice(part.get_device()).compute_capability() < ((8, 9) if to_e4m3 else (8, 0)):
+        return None
+    return part.view(torch.int16 if to_e4m3 else torch.int32)
 
 
 def _from_packed(weight: PackedWeight, part: Tensor, pitches: tuple[int, ...]) -> Launch:
