@@ -149,25 +149,37 @@ def activate(y, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
+def bias_of_tile(
+    bias_ptr, tile, N, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr
+):
+    """Bias of a tile's rows, [ROWS] in fp32 for sums in `layout`; loaded early, as nothing hides it at the end."""
+    n = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    bias = 0
+    if HAS_BIAS:
+        if ACTIVATION == SWIGLU:
+            # Rows 16 i + g are of the gate, 16 i + 8 + g of the up projection: output row 8 i + g.
+            half = n // 16 * 8 + n % 8
+            bias = gl.load(bias_ptr + half + (n % 16) // 8 * N, mask=half < N, other=0).to(gl.float32)
+        else:
+            bias = gl.load(bias_ptr + n, mask=n < N, other=0).to(gl.float32)
+    return bias
+
+
+@gluon.jit
 def finish(
-    y, tile, m_first, out_ptr, bias_ptr, alpha, M, N,
+    y, tile, m_first, out_ptr, bias, alpha, M, N,
     HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr, BM: gl.constexpr, out_layout: gl.constexpr,
 ):  # fmt: skip
     """Sums [ROWS, BM] of one tile -> scaled, with bias and activation, to out [M, N]."""
     y *= alpha
-    n = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
+    if HAS_BIAS:
+        y += bias[:, None]
     if ACTIVATION == SWIGLU:
-        # Rows 16 i + g are of the gate, 16 i + 8 + g of the up projection: output row 8 i + g.
-        half = n // 16 * 8 + n % 8
-        if HAS_BIAS:
-            y += gl.load(bias_ptr + half + (n % 16) // 8 * N, mask=half < N, other=0).to(gl.float32)[:, None]
         gate, up = gl.split(y.reshape([ROWS // 16, 2, 8, BM]).permute([0, 2, 3, 1]))
         z = (gate / (1 + gl.exp(-gate)) * up).reshape([ROWS // 2, BM])
         z = gl.convert_layout(z.to(out_ptr.dtype.element_ty), out_layout)
         rows = tile * (ROWS // 2) + gl.arange(0, ROWS // 2, gl.SliceLayout(1, out_layout))[:, None]
     else:
-        if HAS_BIAS:
-            y += gl.load(bias_ptr + n, mask=n < N, other=0).to(gl.float32)[:, None]
         z = gl.convert_layout(activate(y, ACTIVATION).to(out_ptr.dtype.element_ty), out_layout)
         rows = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))[:, None]
     m = m_first + gl.arange(0, BM, gl.SliceLayout(0, out_layout))[None, :]
@@ -176,7 +188,7 @@ def finish(
 
 @gluon.jit
 def finish_split(
-    y, tile, slot, split, m_first, out_ptr, bias_ptr, partial_ptr, counter_ptr, alpha, M, N, SPLIT: gl.constexpr,
+    y, tile, slot, split, m_first, out_ptr, bias, partial_ptr, counter_ptr, alpha, M, N, SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr, BM: gl.constexpr, out_layout: gl.constexpr,
 ):  # fmt: skip
     """As `finish`, for one of SPLIT slices of the inputs.
@@ -185,7 +197,7 @@ def finish_split(
     the same bits every time.
     """
     if SPLIT == 1:
-        finish(y, tile, m_first, out_ptr, bias_ptr, alpha, M, N, HAS_BIAS, ACTIVATION, ROWS, BM, out_layout)
+        finish(y, tile, m_first, out_ptr, bias, alpha, M, N, HAS_BIAS, ACTIVATION, ROWS, BM, out_layout)
     else:
         row = gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))[:, None]
         column = gl.arange(0, BM, gl.SliceLayout(0, y.type.layout))[None, :]
@@ -198,7 +210,7 @@ def finish_split(
             total = gl.zeros_like(y)
             for other in gl.static_range(SPLIT):
                 total += gl.load(slot_ptr + other * (ROWS * BM), mask=m_first + column < M, other=0)
-            finish(total, tile, m_first, out_ptr, bias_ptr, alpha, M, N, HAS_BIAS, ACTIVATION, ROWS, BM, out_layout)
+            finish(total, tile, m_first, out_ptr, bias, alpha, M, N, HAS_BIAS, ACTIVATION, ROWS, BM, out_layout)
 
 
 @gluon.jit
@@ -306,6 +318,8 @@ def decode_kernel(
         mbarrier.wait(full, 0)
     else:
         kept = 0
+    alpha = gl.load(alpha_ptr)
+    bias = bias_of_tile(bias_ptr, tile, N, HAS_BIAS, ACTIVATION, WG * 64, mma)
     acc = gl.zeros([WG * 64, BM], gl.float32, mma)
     for group in range(first, last - AHEAD // 4, AHEAD // 4):
         for c in gl.static_range(AHEAD):
@@ -320,6 +334,6 @@ def decode_kernel(
         b = inputs_of_chunk(x, kept, last - AHEAD // 4, first, c, M, K, stride_x, BM, KEPT, x_layout, mma)
         acc = mma_v2(fragments(words[c], scales[c], WG, BLOCK, FP16, mma), b, acc)
     finish_split(
-        acc, tile, tile, split, 0, out_ptr, bias_ptr, partial_ptr, counter_ptr, gl.load(alpha_ptr), M, N, SPLIT,
+        acc, tile, tile, split, 0, out_ptr, bias, partial_ptr, counter_ptr, alpha, M, N, SPLIT,
         HAS_BIAS, ACTIVATION, WG * 64, BM, out_layout,
     )  # fmt: skip

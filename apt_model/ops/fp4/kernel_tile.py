@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from apt_model.ops.fp4.kernel_decode import finish_split, fragments, layout
+from apt_model.ops.fp4.kernel_decode import bias_of_tile, finish_split, fragments, layout
 from apt_model.ops.fp4.kernel_names import barrier, tma_load
 
 
@@ -127,6 +127,8 @@ def tile_kernel(
         gdc_wait()
     for i in gl.static_range(STAGES - 1):
         bring_x(x_desc, m_first, first + i * C, full, shared, i, first + i * C < last)
+    alpha = gl.load(alpha_ptr)
+    bias = bias_of_tile(bias_ptr, tile, N, HAS_BIAS, ACTIVATION, WG * 64, mma)
     acc = gl.zeros([WG * 64, BM], gl.float32, mma)
     mbarrier.wait(full.index(0), 0)
     a = weights_of_chunk(words, scales, 0, 0, BLOCK, FP16, words_layout, scales_layout, mma)
@@ -152,6 +154,6 @@ def tile_kernel(
                 a = weights_of_chunk(words, scales, turn + 1, 0, BLOCK, FP16, words_layout, scales_layout, mma)
     acc, a_before = warpgroup_mma_wait(0, deps=[acc, a_before])
     finish_split(
-        acc, tile, tile * gl.num_programs(0) + m_tile, split, m_first, out_ptr, bias_ptr, partial_ptr, counter_ptr,
-        gl.load(alpha_ptr), M, N, SPLIT, HAS_BIAS, ACTIVATION, WG * 64, BM, out_layout,
+        acc, tile, tile * gl.num_programs(0) + m_tile, split, m_first, out_ptr, bias, partial_ptr, counter_ptr,
+        alpha, M, N, SPLIT, HAS_BIAS, ACTIVATION, WG * 64, BM, out_layout,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
 
 # Above this many rows of x unpacking a slab and torch's own product are faster.
 MOST_ROWS = 6144
-_BUCKETS = (8, 16, 32, 64, 128, 256, 1024)
+_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)
 FEW = 16  # rows of x up to which a product is bound by reading the weights
 _HOPPER = (9, 0)
 _AMPERE = (8, 0)
