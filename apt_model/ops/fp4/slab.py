@@ -12,7 +12,7 @@ from apt_model.core.system.cuda import CudaDevice
 from apt_model.ops import HAS_TRITON
 from apt_model.ops.fp4 import naive
 from apt_model.ops.fp4.compiled import Compiled, Launch, known, recalled
-from apt_model.ops.fp4.format import PackedWeight
+from apt_model.ops.fp4.format import NVFP4, PackedWeight
 from apt_model.ops.fp4.layout import TILE_ROWS, Shuffled, take_turns, take_turns_back
 
 # Rows and columns of a slab are multiples of these: whole tiles and groups of the kernels' order.
@@ -144,7 +144,7 @@ def _in_pairs(weight: Shuffled, pairs: Tensor, row: int, column: int) -> Launch:
 def _pairs(weight: Shuffled, part: Tensor) -> Tensor | None:
     """`part` as pairs of weights, where these are unpacked as such; exactly, and by PTX."""
     to_e4m3 = part.dtype == torch.float8_e4m3fn
-    if not (to_e4m3 or (part.dtype == weight.dtype and weight.exact)):
+    if not (to_e4m3 or (part.dtype == weight.dtype and weight.exact)) or not _has_operands(weight):
         return None
     if part.shape[1] % 2 or part.stride(0) % 2 or part.data_ptr() % (2 * part.element_size()) or not part.is_cuda:
         return None
@@ -163,6 +163,11 @@ def _from_packed(weight: PackedWeight, part: Tensor, pitches: tuple[int, ...]) -
     kind = ("packed kernel", *constants.values(), *pitches, *_kind(part))
     kernel = known(kind, lambda: Compiled(unpack_kernel, constants))
     return Launch(kernel, part.get_device(), (rows, -(-count // size), 1), (width, *pitches[:2], pitch))
+
+
+def _has_operands(weight: Shuffled) -> bool:
+    """Whether the order holds what its type can multiply: fp16 has no room for E8M0 scales."""
+    return weight.format == NVFP4 or weight.dtype == torch.bfloat16
 
 
 def _kind(part: Tensor) -> tuple[object, ...]:
