@@ -19,7 +19,7 @@ from apt_model.ops.fp4.slab import Operand
 
 ACTIVATION_DTYPES = (None, "fp8")
 # From this many rows of x on; below them the 16-bit path is about as fast, and more exact.
-FP8_ROWS = 512
+FP8_ROWS = 1024
 # Whether Hopper's matrix units may keep sums to 14 bits beside their largest term, and not be added up in fp32 every
 # 128 inputs. Faster; tests/tolerances.py has what it costs.
 FAST_ACCUMULATION = True

@@ -130,13 +130,13 @@ def _in_pairs(weight: Shuffled, pairs: Tensor, row: int, column: int) -> Launch:
     from apt_model.ops.fp4.kernel_unpack import unpack_pairs_kernel  # noqa: PLC0415 - Triton is not everywhere
 
     (rows, width), pitch = pairs.shape, pairs.stride(0)
-    chunks = math.gcd(column // 64, 4)
+    chunks = math.gcd(column // 64, 2)
     constants = {
         "BLOCK": weight.block, "FP16": weight.dtype == torch.float16, "E4M3": pairs.dtype == torch.int16,
         "CHUNKS": chunks,
     }  # fmt: skip
     kind = ("pairs kernel", *constants.values(), *_kind(pairs))
-    kernel = known(kind, lambda: Compiled(unpack_pairs_kernel, constants))
+    kernel = known(kind, lambda: Compiled(unpack_pairs_kernel, constants, num_warps=8))
     numbers = (rows, width, pitch, weight.words.shape[1] * 4, row // TILE_ROWS, column // 64)
     return Launch(kernel, pairs.get_device(), (-(-rows // TILE_ROWS), -(-width // (32 * chunks)), 1), numbers)
 
