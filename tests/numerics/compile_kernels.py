@@ -76,7 +76,12 @@ def fp4_unpack_variants(*, fp8=False, ptx=False):
             signature = {name: kind for name, kind in signature.items() if name != "divisor_ptr"}
             signature["out_ptr"] = "*i16" if fp8 else "*i32"
             for fp16 in {out == "fp16", fp8}:
-                yield unpack_pairs_kernel, signature, {"BLOCK": block, "FP16": fp16, "E4M3": fp8, "CHUNKS": 2}, {"num_warps": 8}
+                yield (
+                    unpack_pairs_kernel,
+                    signature,
+                    {"BLOCK": block, "FP16": fp16, "E4M3": fp8, "CHUNKS": 2},
+                    {"num_warps": 8},
+                )
 
 
 def fp8_rows_variants():

@@ -20,6 +20,7 @@ needs_triton = pytest.mark.skipif(not fp8.slab.HAS_TRITON, reason="the kernels n
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 HAS_FP8 = CUDA and torch.cuda.get_device_capability() >= (8, 9)
 FORMATS = ("nvfp4", "mxfp4")
+MANY = fp8.FP8_ROWS + 6
 
 
 def on_fp8_units(test):
@@ -414,7 +415,7 @@ def test_odd_sizes_on_a_gpu(form, dtype, fast, monkeypatch):
 def test_every_activation_on_a_gpu(form, activation, dtype):
     weight, bias = packed(1000, 960, form), rows_of(1, 1000, dtype, seed=3)[0]
     scale = 0.02 / float(naive.dequantize(weight, torch.float32).std())
-    x = (rows_of(700, 960, torch.float32) * scale).to(dtype)
+    x = (rows_of(MANY, 960, torch.float32) * scale).to(dtype)
     ready = as_a_layer_has_it(weight, dtype, activation)
     got = fp4.linear(x, ready, bias, activation, "fp8")
     assert error(got, exact(x, weight, bias, activation)) < 1.5 * TOLERANCES["fp8_fast_sums"].relative
@@ -424,7 +425,7 @@ def test_every_activation_on_a_gpu(form, activation, dtype):
 
 @on_fp8_units
 def test_a_row_does_not_depend_on_the_others():
-    weight, x = shuffle(packed(320, 512), torch.bfloat16), rows_of(700, 512)
+    weight, x = shuffle(packed(320, 512), torch.bfloat16), rows_of(MANY, 512)
     alone = fp4.linear(x, weight, activation_dtype="fp8")
     others = x.clone()
     others[1:300], others[300:] = torch.nan, torch.inf
@@ -435,10 +436,10 @@ def test_a_row_does_not_depend_on_the_others():
 
 @on_fp8_units
 def test_gradients_on_a_gpu_are_those_without_it():
-    weight, upstream = shuffle(packed(1000, 960), torch.bfloat16), rows_of(700, 1000, seed=5)
+    weight, upstream = shuffle(packed(1000, 960), torch.bfloat16), rows_of(MANY, 1000, seed=5)
     grads = []
     for kind in ("fp8", None):
-        x, bias = rows_of(700, 960).requires_grad_(), rows_of(1, 1000, seed=3)[0].requires_grad_()
+        x, bias = rows_of(MANY, 960).requires_grad_(), rows_of(1, 1000, seed=3)[0].requires_grad_()
         grads.append(torch.autograd.grad(fp4.linear(x, weight, bias, None, kind), [x, bias], upstream))
     for got, expected in zip(*grads, strict=True):
         assert torch.equal(got, expected)
@@ -447,7 +448,7 @@ def test_gradients_on_a_gpu_are_those_without_it():
 @on_fp8_units
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's imports
 def test_compiled_and_in_a_cuda_graph():
-    weight, x = shuffle(packed(320, 512), torch.bfloat16), rows_of(700, 512)
+    weight, x = shuffle(packed(320, 512), torch.bfloat16), rows_of(MANY, 512)
     function = lambda x: fp4.linear(x, weight, None, "silu", "fp8")  # noqa: E731
     expected = function(x)
     torch.compiler.reset()
@@ -455,7 +456,7 @@ def test_compiled_and_in_a_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = function(x)
-    x.copy_(rows_of(700, 512, seed=8))
+    x.copy_(rows_of(MANY, 512, seed=8))
     graph.replay()
     assert torch.equal(out, function(x))
     assert not torch.equal(out, expected)

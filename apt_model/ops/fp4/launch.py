@@ -117,13 +117,13 @@ def _few(x_rows: int, out_rows: int, in_features: int, processors: int) -> Tile:
 
 
 def _many(x_rows: int, out_rows: int, in_features: int, processors: int) -> Tile:
-    """The largest pieces that still give nearly every multiprocessor one."""
+    """The largest pieces that still give nearly every multiprocessor one; sums are exchanged for half of them only."""
     tiles, chunks = -(-out_rows // 64), -(-in_features // 64)
     for wg, bm, c, stages in ((2, 256, 2, 3), (2, 128, 2, 3), (1, 128, 4, 3)):
         programs = -(-x_rows // bm) * -(-tiles // wg)
         if (bm < 256 or x_rows > 128) and programs >= processors * 4 // 5:
             return Tile(wg, bm, c, stages, 1)
-    return Tile(wg, bm, c, stages, _split(programs, -(-chunks // c), processors))
+    return Tile(wg, bm, c, stages, min(4, _split(programs, -(-chunks // c), processors // 2)))
 
 
 def _split(programs: int, steps: int, wanted: int) -> int:

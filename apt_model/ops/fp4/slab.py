@@ -92,7 +92,10 @@ def unpack(weight: Operand, slab: Tensor, *, row: int = 0, column: int = 0) -> T
     block = weight.format.block
     about = (part.shape, part.stride(), part.dtype, part.data_ptr() % 16, part.get_device(), block)
     if isinstance(weight, Shuffled):
-        key = ("order", *about, weight.dtype, weight.in_features, row, column, weight.global_scale is None)
+        key = (
+            "order", *about, weight.dtype, weight.in_features, row, column, weight.global_scale is None,
+            weight.alpha.data_ptr() % 16,
+        )  # fmt: skip
         pairs = _pairs(weight, part)
         if pairs is not None:
             launch: Launch = recalled((*key, "pairs")) or known(
@@ -119,7 +122,7 @@ def _from_order(weight: Shuffled, part: Tensor, row: int, column: int) -> Launch
     constants = {
         "BLOCK": weight.block, "FP16": weight.dtype == torch.float16, "HAS_DIVISOR": weight.global_scale is not None,
     }  # fmt: skip
-    kind = ("order kernel", *constants.values(), *_kind(part))
+    kind = ("order kernel", *constants.values(), *_kind(part), weight.alpha.data_ptr() % 16)
     kernel = known(kind, lambda: Compiled(unpack_order_kernel, constants))
     grid = (-(-rows // TILE_ROWS), -(-width // 128), 1)
     numbers = (rows, width, pitch, weight.words.shape[1] * 4, row // TILE_ROWS, column // 64)
@@ -135,7 +138,7 @@ def _in_pairs(weight: Shuffled, pairs: Tensor, row: int, column: int) -> Launch:
         "BLOCK": weight.block, "FP16": weight.dtype == torch.float16, "E4M3": pairs.dtype == torch.int16,
         "CHUNKS": chunks,
     }  # fmt: skip
-    kind = ("pairs kernel", *constants.values(), *_kind(pairs))
+    kind = ("pairs kernel", *constants.values(), *_kind(pairs), weight.alpha.data_ptr() % 16)
     kernel = known(kind, lambda: Compiled(unpack_pairs_kernel, constants, num_warps=8))
     numbers = (rows, width, pitch, weight.words.shape[1] * 4, row // TILE_ROWS, column // 64)
     return Launch(kernel, pairs.get_device(), (-(-rows // TILE_ROWS), -(-width // (32 * chunks)), 1), numbers)
