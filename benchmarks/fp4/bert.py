@@ -303,9 +303,13 @@ def measure_size(  # noqa: PLR0917 - one call
             made, reason = attempt(prepare, arm, builds[name].model, ids, expected[name])
         ready[arm] = made or Ready(why=reason)
     for _ in range(rounds):
-        for each in ready.values():
+        for arm, each in ready.items():
             if each.why is None:
-                made, each.why = attempt(counted, each.measure)
+                try:
+                    made, each.why = attempt(counted, each.measure)
+                except RuntimeError:
+                    print(f"{size}: an error that stays with the device ends the run; first seen in {arm}", flush=True)
+                    raise
                 again = 0 if made is None else made[1]["graphs"]
                 each.counts["in_timed_part"] = each.counts.get("in_timed_part", 0) + again
     base_ms = statistics.median(ready[BASE].single) if BASE in ready and ready[BASE].single else None

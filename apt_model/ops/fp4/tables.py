@@ -34,9 +34,9 @@ class Tile(NamedTuple):
         return 4 * self.wg
 
 
-# Outputs, inputs, most rows of x -> launch. NVIDIA H200, torch 2.11, triton 3.6; benchmarks/fp4/tune.py.
+# Outputs, inputs, most rows of x -> launch. NVIDIA H100, torch 2.11, triton 3.6; benchmarks/fp4/tune.py.
 HOPPER: dict[tuple[int, int, int], Decode | Tile] = {
-    (4096, 4096, 8): Decode(2, 8, 1, 4, 16, 2),
+    (4096, 4096, 8): Decode(1, 8, 2, 4, 8),
     (4096, 4096, 16): Tile(1, 16, 8, 3, 3),
     (4096, 4096, 64): Tile(1, 64, 4, 3, 2),
     (4096, 4096, 256): Tile(1, 128, 4, 3, 1),
@@ -48,12 +48,12 @@ HOPPER: dict[tuple[int, int, int], Decode | Tile] = {
     (8192, 8192, 1024): Tile(2, 256, 2, 3, 1),
     (14336, 4096, 8): Tile(1, 8, 8, 3, 1),
     (14336, 4096, 16): Tile(1, 16, 8, 3, 1),
-    (14336, 4096, 64): Tile(1, 64, 2, 4, 1),
+    (14336, 4096, 64): Tile(2, 64, 4, 3, 1),
     (14336, 4096, 256): Tile(2, 256, 2, 3, 1),
     (14336, 4096, 1024): Tile(2, 256, 2, 3, 1),
     (28672, 8192, 8): Tile(4, 8, 4, 3, 1),
-    (28672, 8192, 16): Tile(2, 16, 4, 3, 1),
-    (28672, 8192, 64): Tile(4, 64, 4, 3, 1),
+    (28672, 8192, 16): Tile(2, 16, 8, 2, 1),
+    (28672, 8192, 64): Tile(2, 64, 4, 2, 1),
     (28672, 8192, 256): Tile(2, 256, 2, 3, 1),
     (28672, 8192, 1024): Tile(2, 256, 2, 3, 1),
 }
