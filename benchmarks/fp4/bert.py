@@ -284,7 +284,7 @@ def exact(model: nn.Module, base: nn.Module, ids: Tensor) -> Tensor:
     return exact_twin(model, base)(ids).last_hidden_state
 
 
-def measure_size(  # noqa: PLR0917 - one call
+def measure_size(
     size: str, arms: list[str], builds: dict[str, Built], base: nn.Module, ids: Tensor, failed: dict[tuple[str, str], str],
     *, rounds: int, until: float,
 ) -> list[dict]:  # fmt: skip
@@ -316,7 +316,7 @@ def measure_size(  # noqa: PLR0917 - one call
     return [row_of(size, arm, each, builds[ARMS[arm][0]], ids, base_ms) for arm, each in ready.items()]
 
 
-def row_of(size: str, arm: str, ready: Ready, built: Built, ids: Tensor, base_s: float | None) -> dict:  # noqa: PLR0917
+def row_of(size: str, arm: str, ready: Ready, built: Built, ids: Tensor, base_s: float | None) -> dict:
     row = {"size": size, "arm": arm, "error": ready.error, "weight_bytes": built.weight_bytes}
     row["peak_bytes"] = built.peak_bytes.get(size) if ARMS[arm][1] == "eager" else None
     if ARMS[arm][1] in COMPILED:
