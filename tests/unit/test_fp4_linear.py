@@ -182,6 +182,11 @@ def test_an_input_of_another_width_is_refused():
         make()(noise(2, 32))
 
 
+def test_an_input_elsewhere_is_refused():
+    with pytest.raises(InputError, match="expected x on cpu, where the weight is, got meta"):
+        FusedFP4Linear(33, 5)(torch.ones(2, 33, device="meta"))
+
+
 def test_under_autocast_it_is_cast_as_linear_is():
     layer, linear = make(), nn.Linear(33, 10)
     x, wide = noise(3, 33).requires_grad_(), noise(3, 33, dtype=torch.float64)
