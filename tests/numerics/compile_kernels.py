@@ -3,6 +3,8 @@
 Prints a line a variant: name, constants, registers, bytes of spills and of shared memory, as far as the target says.
 """
 
+import concurrent.futures
+import functools
 import itertools
 import sys
 
@@ -142,20 +144,31 @@ def fp4_product_variants(capability):
         )
 
 
-def main(name: str) -> None:
+def variants_of(name: str):
+    backend, _, arch = name.partition(":")
+    found = [*left_spin_variants(), *fp4_quantize_variants(), *fp4_unpack_variants(ptx=backend == "cuda")]
+    if backend == "cuda" and int(arch) >= 89:  # Triton has E4M3 from there on
+        found += [*fp8_rows_variants(), *fp4_unpack_variants(fp8=True, ptx=True)]
+    if backend == "cuda":
+        found += fp4_product_variants(int(arch))
+    return found
+
+
+def compiled(name: str, number: int) -> str:
     backend, _, arch = name.partition(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
-    variants = [*left_spin_variants(), *fp4_quantize_variants(), *fp4_unpack_variants(ptx=backend == "cuda")]
-    if backend == "cuda" and int(arch) >= 89:  # Triton has E4M3 from there on
-        variants += [*fp8_rows_variants(), *fp4_unpack_variants(fp8=True, ptx=True)]
-    if backend == "cuda":
-        variants += fp4_product_variants(int(arch))
-    for kernel, signature, constants, options in variants:
-        form = GluonASTSource if kernel.is_gluon() else ASTSource
-        source = form(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
-        compiled = triton.compile(source, target=target, options=options)
-        shown = {key: value for key, value in constants.items() if isinstance(value, (int, bool))}
-        print(kernel.fn.__name__, shown, options, f"shared {compiled.metadata.shared}")
+    kernel, signature, constants, options = variants_of(name)[number]
+    form = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = form(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
+    made = triton.compile(source, target=target, options=options)
+    shown = {key: value for key, value in constants.items() if isinstance(value, (int, bool))}
+    return f"{kernel.fn.__name__} {shown} {options} shared {made.metadata.shared}"
+
+
+def main(name: str) -> None:
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        for line in pool.map(functools.partial(compiled, name), range(len(variants_of(name)))):
+            print(line)
 
 
 if __name__ == "__main__":
