@@ -139,10 +139,11 @@ def test_from_a_fresh_thread():
     assert kernels()[0].by_triton <= 2, "only what has no context yet is Triton's"
 
 
-def test_threads_at_the_same_time():
+@pytest.mark.parametrize("split", [1, 4])
+def test_threads_at_the_same_time(split):
     weight = order()
     xs = [torch.randn(16, 1024, device="cuda", dtype=BF16) for _ in range(4)]
-    setting = Decode(1, 16, 0, 4, 1)  # whose sums are not shared: launches may overlap
+    setting = Decode(1, 16, 0, 4, split)
     expected = [launch.run(x, weight, None, None, setting) for x in xs]
     torch.cuda.synchronize()
     right = []

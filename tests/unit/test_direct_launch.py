@@ -423,6 +423,28 @@ def ready(rows=64, width=64, activation=None):
     return shuffle(fp4.quantize(torch.randn(rows, width), "nvfp4"), torch.bfloat16, gated=activation == "swiglu")
 
 
+def test_streams_do_not_count_together(driver, monkeypatch):
+    held, stream, capturing = torch.zeros(16, dtype=torch.int32), [0], [False]
+    monkeypatch.setattr(cuda, "current_stream", lambda _: stream[0])
+    monkeypatch.setattr(cuda.CudaDevice, "is_capturing", staticmethod(lambda: capturing[0]))
+
+    def on(number):
+        stream[0] = number
+        return plan._counters(held, -1)
+
+    assert on(0) is held
+    other = on(7)
+    assert other is not held
+    assert torch.equal(other, held)
+    assert on(7) is other
+    assert on(0) is held
+    capturing[0] = True
+    assert on(8) is held  # and stays with the graph alone
+    capturing[0] = False
+    assert on(8) is not held
+    assert not copy.deepcopy(held).any()
+
+
 @pytest.mark.parametrize("activation", [None, "silu", "swiglu"])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (64,), (1, 64), (2, 1, 2, 64)])

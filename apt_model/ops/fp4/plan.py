@@ -1,6 +1,7 @@
 """What is launched for a product of one kind: which kernel, its grid and numbers, and what the result looks like."""
 
 import functools
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from apt_model.ops.fp4.compiled import Box, Compiled, Launch, View, known
 from apt_model.ops.fp4.layout import COUNTERS, Shuffled
 from apt_model.ops.fp4.tables import Decode, Tile
 
+# Held while a weight's counters get an owner.
+_COUNTING = threading.Lock()
 CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "swiglu": 5}
 
 
@@ -40,9 +43,26 @@ class Plan(NamedTuple):
                 return self.run(x, weight, bias)
         out = cuda.empty(self.shape, self.strides, x.dtype)
         sums = cuda.empty((self.sums,), (1,), torch.float32) if self.sums else None
-        counters = weight.counters.new_zeros(self.counters) if self.counters else weight.counters
+        counters = weight.counters
+        if self.sums:
+            counters = counters.new_zeros(self.counters) if self.counters else _counters(counters, self.launch.index)
         self.launch((x, weight.words, weight.scales, weight.alpha, bias, out, sums, counters))
         return out
+
+
+def _counters(held: Tensor, index: int) -> Tensor:
+    """A weight's counters, or others for a second stream: two launches at once must not count together.
+
+    A CUDA graph that is recorded has the weight's own, which live as long as it may need them.
+    """
+    stream, owners = cuda.current_stream(index), held.__dict__.setdefault("of_streams", {})
+    if stream not in owners:
+        with _COUNTING:
+            if owners and cuda.CudaDevice.is_capturing():
+                return held
+            owners[stream] = torch.zeros_like(held) if owners else None  # None: its own, as a copy would never end
+    found: Tensor | None = owners[stream]
+    return held if found is None else found
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
