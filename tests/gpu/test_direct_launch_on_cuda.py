@@ -35,9 +35,7 @@ if HOPPER:
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     """No launch has been made."""
-    monkeypatch.setattr(compiled, "_known", known := {})
-    for module in (launch, slab):
-        monkeypatch.setattr(module, "recalled", known.get)
+    monkeypatch.setattr(compiled, "_known", {})
     launch.forget()
     yield
     launch.forget()

@@ -413,7 +413,6 @@ def gpu(driver, monkeypatch):
     monkeypatch.setattr(compiled, "_known", {})
     monkeypatch.setattr(launch, "_served", {})
     monkeypatch.setattr(launch, "facts", lambda _: ((9, 0), 132))
-    monkeypatch.setattr(launch, "recalled", lambda _: None)
     monkeypatch.setattr(launch, "choose", lambda *_: chosen.append(1) or Decode(1, 8, 0, 4, 1))
     monkeypatch.setattr(plan, "_product", lambda *of: compiled.Compiled(Product(of[1], of[3]), {}))
     return chosen

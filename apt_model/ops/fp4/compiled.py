@@ -107,7 +107,6 @@ class Launch:
 # Then it begins anew: shapes of x may never end.
 MOST_KNOWN = 8192
 _known: dict[tuple[Any, ...], Any] = {}
-recalled = _known.get
 
 
 def known(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:

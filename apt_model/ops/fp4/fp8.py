@@ -13,7 +13,7 @@ from apt_model.core.errors import DeviceError, InputError
 from apt_model.core.options import require
 from apt_model.core.system.cuda import CudaDevice
 from apt_model.ops.fp4 import launch, naive, slab
-from apt_model.ops.fp4.compiled import Compiled, Launch, known, recalled
+from apt_model.ops.fp4.compiled import Compiled, Launch, known
 from apt_model.ops.fp4.layout import Shuffled, take_turns, take_turns_back
 from apt_model.ops.fp4.slab import Operand
 
@@ -23,7 +23,6 @@ FP8_ROWS = 1024
 # Whether Hopper's matrix units may keep sums to 14 bits beside their largest term, and not be added up in fp32 every
 # 128 inputs. Faster; tests/tolerances.py has what it costs.
 FAST_ACCUMULATION = True
-_ADA = (8, 9)
 # cuBLAS has scales of rows for Hopper from this version of CUDA on; elsewhere torch takes CUTLASS.
 _HOPPER, _SCALES_OF_ROWS = 9, (12, 9)
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +46,7 @@ def serves(rows: int, device: torch.device) -> bool:
     """Whether a product with so many rows of x is computed in FP8; `DeviceError` on a GPU that has no units for it."""
     if device.type == "cuda":
         found = launch.facts(device.index)[0]
-        if found < _ADA:
+        if found < launch.ADA:
             raise DeviceError(
                 "activation_dtype 'fp8': expected a GPU with FP8 matrix units, NVIDIA's of compute capability 8.9 or "
                 f"later, got {'.'.join(map(str, found)) if any(found) else 'one of another maker'}",
@@ -113,13 +112,14 @@ def quantize_rows(x: Tensor, rest: Tensor, columns: int) -> Rows:
     size, once = block(across)
     share = 1 << (-(-columns // count) - 1).bit_length()
     constants = {"BLOCK": size, "ONCE": once, "SHARE": share}
-    key = ("rows", x.get_device(), x.dtype, *x.shape, x.stride(0), x.data_ptr() % 16, rest.data_ptr() % 16, columns)
+    about = (share, x.get_device(), x.dtype, width, x.stride(0), x.data_ptr() % 16, rest.data_ptr() % 16)
 
     def make() -> Launch:
-        kernel = known((*key, "kernel"), lambda: Compiled(rows_kernel, constants, num_warps=warps(size)))
+        # The same kernel serves other numbers of rows and of copies.
+        kernel = known(("rows kernel", *about), lambda: Compiled(rows_kernel, constants, num_warps=warps(size)))
         return Launch(kernel, x.get_device(), (count, 1, 1), (width, across, x.stride(0), columns))
 
-    (recalled(key) or known(key, make))((x, rest, values, scales, rests))
+    known(("rows", *about, count, columns), make)((x, rest, values, scales, rests))
     return Rows(values, scales[:count, None], rests[None])
 
 

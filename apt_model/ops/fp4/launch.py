@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from apt_model.core.system.cuda import CudaDevice
-from apt_model.ops.fp4.compiled import MOST_KNOWN, known, recalled
-from apt_model.ops.fp4.format import MXFP4, NVFP4, Format, PackedWeight
+from apt_model.ops.fp4.compiled import MOST_KNOWN, known
+from apt_model.ops.fp4.format import NVFP4, Format, PackedWeight
 from apt_model.ops.fp4.layout import Shuffled
 from apt_model.ops.fp4.plan import Plan, contiguous, described, is_aligned, likeness, make, whole
 from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
@@ -19,6 +19,7 @@ _BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)
 FEW = 16  # rows of x up to which a product is bound by reading the weights
 _HOPPER = (9, 0)
 _AMPERE = (8, 0)
+ADA = (8, 9)  # the first with matrix units for FP8, and instructions that round to it
 
 
 class Choice(NamedTuple):
@@ -33,26 +34,23 @@ BY_RULE, SHIPPED, MEASURED = "by rule", "from the shipped table", "measured on t
 
 def choose(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Decode | Tile | None:
     """The launch for `rows` rows of x in `dtype`, or None where unpacking a slab is the way."""
-    if isinstance(weight, Shuffled):
-        return _choice(
-            rows, weight.out_features, weight.in_features, weight.block, weight.words.device, dtype
-        ).setting  # fmt: skip
     return choice(rows, weight, dtype).setting
 
 
 def choice(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Choice:
     """`choose`, and why: what was measured on this machine comes before what is shipped."""
-    return _choice(rows, *weight.shape, weight.format.block, weight.device, dtype)
+    if rows > MOST_ROWS:
+        return Choice(None, BY_RULE)
+    return _choice(rows, *weight.shape, weight.format, weight.device, dtype)
 
 
 @functools.cache
 def _choice(  # noqa: PLR0917 - they are what it remembers by
-    rows: int, out_rows: int, in_features: int, block: int, device: torch.device, dtype: torch.dtype
+    rows: int, out_rows: int, in_features: int, form: Format, device: torch.device, dtype: torch.dtype
 ) -> Choice:
     from apt_model.ops.fp4 import measured  # noqa: PLC0415 - it launches, so it imports this file
 
-    form = NVFP4 if block == NVFP4.block else MXFP4
-    if rows > MOST_ROWS or not serves(form, device, dtype):
+    if not serves(form, device, dtype):
         return Choice(None, BY_RULE)
     bucket = bucket_of(rows)
     kept = measured.find(bucket, out_rows, in_features, form, device, dtype)
@@ -178,9 +176,9 @@ _served: dict[tuple[Any, ...], Plan] = {}
 
 def _plan_of(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Plan:
     key = (setting, *likeness(x, weight, bias, activation))
-    return recalled(key) or known(
-        key, lambda: make(x, weight, bias, activation, setting, early=facts(x.get_device())[0] >= _HOPPER)
-    )  # fmt: skip
+    early = facts(x.get_device())[0] >= _HOPPER
+    plan: Plan = known(key, lambda: make(x, weight, bias, activation, setting, early=early))
+    return plan
 
 
 def _aligned(x: Tensor, setting: Decode | Tile) -> Tensor:

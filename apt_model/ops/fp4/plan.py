@@ -80,14 +80,13 @@ def make(
     if not (is_aligned(x, setting) if described(setting) else x.is_contiguous()):
         return Plan(None)
     (m, k), pitch, index = x.shape, x.stride(0), x.get_device()
-    tiles, groups = weight.words.shape[:2]
-    setting = _fitted(setting, tiles, groups, -(-k // 64))
+    (tiles, groups), chunks = weight.words.shape[:2], -(-k // 64)
+    setting = _fitted(setting, tiles, groups, chunks)
     width = weight.out_features // 2 if weight.gated else weight.out_features
     rows = tiles // setting.wg
     spots = rows * -(-m // setting.bm)
     views: tuple[View, ...] = ()
     if isinstance(setting, Tile):
-        chunks = -(-k // 64)
         grid = (-(-m // setting.bm), rows, setting.split)
         steps = -(-chunks // setting.c)
         numbers: tuple[int, ...] = (m, width, chunks, -(-steps // setting.split))

@@ -8,11 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from apt_model.core.system.cuda import CudaDevice
 from apt_model.ops import HAS_TRITON
-from apt_model.ops.fp4 import naive
-from apt_model.ops.fp4.compiled import Compiled, Launch, known, recalled
-from apt_model.ops.fp4.format import NVFP4, PackedWeight
+from apt_model.ops.fp4 import launch, naive
+from apt_model.ops.fp4.compiled import Compiled, Launch, known
+from apt_model.ops.fp4.format import PackedWeight
 from apt_model.ops.fp4.layout import TILE_ROWS, Shuffled, take_turns, take_turns_back
 
 # Rows and columns of a slab are multiples of these: whole tiles and groups of the kernels' order.
@@ -98,20 +97,19 @@ def unpack(weight: Operand, slab: Tensor, *, row: int = 0, column: int = 0) -> T
         )  # fmt: skip
         pairs = _pairs(weight, part)
         if pairs is not None:
-            launch: Launch = recalled((*key, "pairs")) or known(
-                (*key, "pairs"), lambda: _in_pairs(weight, pairs, row, column)
+            known((*key, "pairs"), lambda: _in_pairs(weight, pairs, row, column))(
+                (weight.words, weight.scales, weight.alpha, pairs)
             )
-            launch((weight.words, weight.scales, weight.alpha, pairs))
-            return part
-        launch = recalled(key) or known(key, lambda: _from_order(weight, part, row, column))
-        launch((weight.words, weight.scales, weight.alpha, weight.global_scale, part))
+        else:
+            known(key, lambda: _from_order(weight, part, row, column))(
+                (weight.words, weight.scales, weight.alpha, weight.global_scale, part)
+            )
         return part
     packed = weight.packed[row : row + rows, column // 2 :]
     scale = weight.scale.view(torch.uint8)[row : row + rows, column // block :]
     pitches = (packed.stride(0), scale.stride(0), packed.data_ptr() % 16, scale.data_ptr() % 16)
     key = ("packed", *about, *pitches, weight.global_scale is None)  # type: ignore[assignment]
-    launch = recalled(key) or known(key, lambda: _from_packed(weight, part, pitches))
-    launch((packed, scale, weight.global_scale, part))
+    known(key, lambda: _from_packed(weight, part, pitches))((packed, scale, weight.global_scale, part))
     return part
 
 
@@ -147,11 +145,14 @@ def _in_pairs(weight: Shuffled, pairs: Tensor, row: int, column: int) -> Launch:
 def _pairs(weight: Shuffled, part: Tensor) -> Tensor | None:
     """`part` as pairs of weights, where these are unpacked as such; exactly, and by PTX."""
     to_e4m3 = part.dtype == torch.float8_e4m3fn
-    if not (to_e4m3 or (part.dtype == weight.dtype and weight.exact)) or not _has_operands(weight):
+    if not part.is_cuda or not (to_e4m3 or (part.dtype == weight.dtype and weight.exact)):
         return None
-    if part.shape[1] % 2 or part.stride(0) % 2 or part.data_ptr() % (2 * part.element_size()) or not part.is_cuda:
+    if part.shape[1] % 2 or part.stride(0) % 2 or part.data_ptr() % (2 * part.element_size()):
         return None
-    if CudaDevice(part.get_device()).compute_capability() < ((8, 9) if to_e4m3 else (8, 0)):
+    # The order has to hold what its type can multiply (fp16 has no room for E8M0 scales).
+    if not launch.serves(weight.format, part.device, weight.dtype):
+        return None
+    if to_e4m3 and launch.facts(part.device.index)[0] < launch.ADA:
         return None
     return part.view(torch.int16 if to_e4m3 else torch.int32)
 
@@ -166,11 +167,6 @@ def _from_packed(weight: PackedWeight, part: Tensor, pitches: tuple[int, ...]) -
     kind = ("packed kernel", *constants.values(), *pitches, *_kind(part))
     kernel = known(kind, lambda: Compiled(unpack_kernel, constants))
     return Launch(kernel, part.get_device(), (rows, -(-count // size), 1), (width, *pitches[:2], pitch))
-
-
-def _has_operands(weight: Shuffled) -> bool:
-    """Whether the order holds what its type can multiply: fp16 has no room for E8M0 scales."""
-    return weight.format == NVFP4 or weight.dtype == torch.bfloat16
 
 
 def _kind(part: Tensor) -> tuple[object, ...]:
