@@ -312,8 +312,8 @@ def measure_size(
                     raise
                 again = 0 if made is None else made[1]["graphs"]
                 each.counts["in_timed_part"] = each.counts.get("in_timed_part", 0) + again
-    base_ms = statistics.median(ready[BASE].single) if BASE in ready and ready[BASE].single else None
-    return [row_of(size, arm, each, builds[ARMS[arm][0]], ids, base_ms) for arm, each in ready.items()]
+    base_s = statistics.median(ready[BASE].single) if BASE in ready and ready[BASE].single else None
+    return [row_of(size, arm, each, builds[ARMS[arm][0]], ids, base_s) for arm, each in ready.items()]
 
 
 def row_of(size: str, arm: str, ready: Ready, built: Built, ids: Tensor, base_s: float | None) -> dict:

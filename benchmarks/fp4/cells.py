@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
 import torch
 
@@ -105,18 +106,18 @@ def errors(found, expected):
     return float(whole), float(worst)  # a NaN anywhere stays one: torch's max keeps it, Python's may not
 
 
-def cell(operand, x, *, graph=True, eager=False):
-    """One arm, compared and ready to be timed: what its first copy gives, its last, and its graph."""
-    found, timer = [call(x) for call in (operand.calls[0], operand.calls[-1])], None
+def cell(calls, x, expected, *, limits=LIMITS, graph=True, eager=False):
+    """One arm, compared and ready to be timed: what its first copy gives, its last, and its graph. `expected` is called."""
+    found, timer = [call(x) for call in (calls[0], calls[-1])], None
     if graph and DEVICE == "cuda":
-        timer = Replay(operand.calls, x)
+        timer = Replay(calls, x)
         found.append(timer.out)
     elif graph:
-        timer = Wall(operand.calls, x)
-    whole, worst = errors(found, operand.product(x))
-    if not (whole <= LIMITS[0] and worst <= LIMITS[1]):
+        timer = Wall(calls, x)
+    whole, worst = errors(found, expected())
+    if not (whole <= limits[0] and worst <= limits[1]):
         raise ArithmeticError(f"WRONG NUMBERS: relative error {whole:.2g}, largest {worst:.2g}")
-    return Cell((whole, worst), timer, Wall(operand.calls, x) if eager else None)
+    return Cell((whole, worst), timer, Wall(calls, x) if eager else None)
 
 
 def attempt(function, *arguments, **options):
@@ -140,7 +141,8 @@ def ready_cells(operands, x, failed, *, layers=(), eager=False):
     cells = {}
     for name, operand in operands.items():
         if failed.get(name) is None:
-            made, failed[name] = attempt(cell, operand, x, graph=name not in layers, eager=eager)
+            expected = partial(operand.product, x)
+            made, failed[name] = attempt(cell, operand.calls, x, expected, graph=name not in layers, eager=eager)
             cells |= {} if made is None else {name: made}
     return cells
 
@@ -172,14 +174,17 @@ def in_processes(script, jobs, *, seconds=150, workers=None):
         return list(pool.map(one, jobs))
 
 
-def table(rows, shape, goals=None):
-    """Speed over bf16, an arm a line and an M a column; the spread is the widest of the line. `goals` are M -> speed."""
+def table(rows, shape, goals=None, *, in_us=(peers.BASE,)):
+    """Speed over bf16, an arm a line and an M a column; the spread is the widest of the line. `goals` are M -> speed.
+
+    Arms `in_us` show their microseconds instead.
+    """
     mine = [row for row in rows if (row["N"], row["K"]) == shape]
     ms = sorted({row["M"] for row in mine})
     lines = [f"| {shape[0]} x {shape[1]} | {' | '.join(f'M={m}' for m in ms)} | spread |", "|---" * (len(ms) + 2) + "|"]
     for name in dict.fromkeys(row["arm"] for row in mine):
         by_m = {row["M"]: row for row in mine if row["arm"] == name}
-        shown = [_shown(by_m.get(m, {}), absolute=name == peers.BASE) for m in ms]
+        shown = [_shown(by_m.get(m, {}), absolute=name in in_us) for m in ms]
         spreads = [(row["us_highest"] - row["us_lowest"]) / row["us"] for row in by_m.values() if "us" in row]
         lines.append(f"| {name} | {' | '.join(shown)} | {f'{max(spreads):.0%}' if spreads else '-'} |")
         if name == peers.OURS[0] and goals:

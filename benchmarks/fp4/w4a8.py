@@ -149,15 +149,10 @@ BASE = "bf16"
 def ready_to_time(build, case, weight):
     """An arm's timer, and how far it is from what it should give."""
     arm = build(case, weight)
-    found = [arm.calls[0](case.x).float(), arm.calls[-1](case.x).float()]
-    timer = timed_cells.Replay(arm.calls, case.x) if DEVICE == "cuda" else timed_cells.Wall(arm.calls, case.x)
-    found += [timer.out.float()] if DEVICE == "cuda" else []
-    whole, worst = timed_cells.errors(found, arm.expected().float())
     limits = (0, 0) if arm.exact else timed_cells.LIMITS
-    if not (whole <= limits[0] and worst <= limits[1]):
-        raise ArithmeticError(f"WRONG NUMBERS: relative error {whole:.2g}, largest {worst:.2g}")
-    timer.operands = arm  # a replay reads the memory that its calls were recorded with
-    return timed_cells.Cell((whole, worst), timer, None)
+    made = timed_cells.cell(arm.calls, case.x, lambda: arm.expected().float(), limits=limits)
+    made.graph.operands = arm  # a replay reads the memory that its calls were recorded with
+    return made
 
 
 def measure_shape(shape, options):
@@ -173,9 +168,7 @@ def measure_shape(shape, options):
             form, build = ARMS[name]
             cells[name], failed[name] = timed_cells.attempt(ready_to_time, build, Case(x, *held[form]), weight)
         timed = {name: each for name, each in cells.items() if each is not None}
-        for _ in range(options.rounds):
-            for each in timed.values():
-                each.measure()
+        timed_cells.measure(timed, options.rounds)
         for name in options.arms:
             row = {"N": shape[0], "K": shape[1], "M": m, "arm": name}
             if name in timed:
@@ -194,18 +187,12 @@ def measure_shape(shape, options):
 
 def table(rows, shape):
     """Speed over bf16 (parts and bf16: microseconds), an arm a line and an M a column."""
-    mine = [row for row in rows if (row["N"], row["K"]) == shape]
-    ms = sorted({row["M"] for row in mine})
-    lines = [f"| {shape[0]} x {shape[1]} | {' | '.join(f'M={m}' for m in ms)} | spread |", "|---" * (len(ms) + 2) + "|"]
-    for name in dict.fromkeys(row["arm"] for row in mine):
-        by_m = {row["M"]: row for row in mine if row["arm"] == name}
-        cells = [timed_cells._shown(by_m.get(m, {}), absolute=name == BASE or name.startswith("part")) for m in ms]
-        spreads = [(row["us_highest"] - row["us_lowest"]) / row["us"] for row in by_m.values() if "us" in row]
-        lines.append(f"| {name} | {' | '.join(cells)} | {f'{max(spreads):.0%}' if spreads else '-'} |")
-        speed = by_m.get(GOAL_M, {}).get("speed")
-        if name.startswith("W4A8") and speed is not None and f"{shape[0]}x{shape[1]}" in SHAPES:
-            lines.append(f"{name}, M={GOAL_M}: goal {GOAL} {'met' if speed >= GOAL else 'MISSED'} ({speed:.2f})")
-    lines += [f"{row['arm']}, M={row['M']}: {row['why']}" for row in mine if row.get("why")][:8]
+    lines = [timed_cells.table(rows, shape, in_us=[name for name in ARMS if name == BASE or name.startswith("part")])]
+    for row in rows:
+        is_meant = (row["N"], row["K"], row["M"]) == (*shape, GOAL_M) and f"{shape[0]}x{shape[1]}" in SHAPES
+        if is_meant and row["arm"].startswith("W4A8") and "speed" in row:
+            verdict = "met" if row["speed"] >= GOAL else "MISSED"
+            lines.append(f"{row['arm']}, M={GOAL_M}: goal {GOAL} {verdict} ({row['speed']:.2f})")
     return "\n".join(lines)
 
 
