@@ -27,6 +27,7 @@ from torch import nn
 from apt_model.layers.fp4_linear import FusedFP4Linear
 from apt_model.ops import fp4
 from apt_model.ops.fp4 import compiled, launch, slab
+from apt_model.ops.fp4.counters import take
 from benchmarks import record
 
 CUDA = torch.cuda.is_available()
@@ -73,7 +74,7 @@ def launches(x, order, bias):
     kernel, direct = go.kernel, go.direct
     out = x.new_empty(plan.shape)
     sums = x.new_empty(plan.sums, dtype=torch.float32) if plan.sums else None
-    counters = order.counters.new_zeros(plan.counters) if plan.counters else order.counters
+    counters = take(plan.counters, order.counters, go.index)
     tensors = (x, order.words, order.scales, order.alpha, bias, out, sums, counters)
 
     def by_triton():

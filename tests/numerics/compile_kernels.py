@@ -11,7 +11,6 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from apt_model.ops.fp4 import fp8, plan
@@ -108,17 +107,18 @@ def fp4_product_variants(capability):
             Tile(1, 8, 8, 3, 2),
             Tile(2, 256, 2, 3, 1),
         ]
+    launches = [(each, False) for each in launches]
+    launches += [(Tile(2, 256, 2, 3, 1), True), (Tile(1, 64, 4, 3, 2), True)] if capability == 90 else []
     kinds = [("bf16", 16, None), ("fp16", 16, "swiglu"), ("bf16", 32, "gelu")]
-    for setting, (dtype, block, activation) in itertools.product(launches, kinds):
+    for (setting, turned), (dtype, block, activation) in itertools.product(launches, kinds):
         tile = isinstance(setting, Tile)
-        x, words, scales = f"*{dtype}", "*i32", "*i32"
-        if tile:
-            x = f"tensordesc<{dtype}[{setting.bm}, {64 * setting.c}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
-            plain = gl.NVMMASharedLayout(0, 32, 3)
-            words = f"tensordesc<i32[{setting.wg}, {setting.c * 2}, 256],{plain!r}>"
-            scales = f"tensordesc<i32[{setting.wg}, {setting.c}, {1024 // block}],{plain!r}>"
-        elif setting.kept:
-            x = f"tensordesc<{dtype}[{setting.kept * 4}, {setting.bm}, 64],{gl.NVMMASharedLayout(128, 16, 3)!r}>"
+        types = [f"*{dtype}", "*i32", "*i32"]
+        if plan.described(setting):
+            boxes = plan.boxes(setting, block, turned)
+            types[: len(boxes)] = [
+                f"tensordesc<{kind[1:]}{shape},{layout!r}>" for kind, (shape, layout) in zip(types, boxes, strict=False)
+            ]
+        x, words, scales = types
         signature = {
             "x_desc" if tile else "x": x, "words_desc" if tile else "words_ptr": words,
             "scales_desc" if tile else "scales_ptr": scales, "alpha_ptr": "*fp32",
@@ -128,12 +128,13 @@ def fp4_product_variants(capability):
         ints = ("chunks", "steps_per_split") if tile else ("K", "stride_x", "groups", "groups_per_split")
         signature |= dict.fromkeys(ints, "i32")
         if tile:
-            own = {"C": setting.c, "STAGES": setting.stages}
+            own = {"C": setting.c, "STAGES": setting.stages, "TURNED": turned, "GROUP": 8}
         else:
             own = {"KEPT": setting.kept, "REP": setting.rep, "AHEAD": setting.ahead}
         constants = {
             "SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm, "BLOCK": block,
-            "FP16": dtype == "fp16", "HAS_BIAS": True, "ACTIVATION": plan.CODES[activation], "PDL": capability >= 90,
+            "FP16": dtype == "fp16", "HAS_BIAS": not turned, "PDL": capability >= 90,
+            "ACTIVATION": plan.CODES[None if turned else activation],
             **own,
         }  # fmt: skip
         yield (

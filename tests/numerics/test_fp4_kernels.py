@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apt_model.ops import fp4
-from apt_model.ops.fp4 import launch, naive, select, slab
+from apt_model.ops.fp4 import launch, naive, plan, select, slab
 from apt_model.ops.fp4.format import PackedWeight
 from apt_model.ops.fp4.layout import shuffle, shuffle_if_reversible, unshuffle
 from apt_model.ops.fp4.tables import Decode, Tile
@@ -273,6 +273,16 @@ def settings():
         )
 
 
+def counts(setting, rows, width):
+    """Numbers of rows of x: a piece, two, and so many that programs take them in groups."""
+    found = {1, min(setting.bm, 63)}
+    if isinstance(setting, Tile):
+        found.add(setting.bm + 7)
+        if rows * width <= 63 * 1000:
+            found.add((plan.GROUP + 3) * setting.bm + 7)
+    return found
+
+
 @on_gpu
 @pytest.mark.parametrize("setting", list(settings()))
 @pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
@@ -284,7 +294,7 @@ def test_every_launch_is_the_definition_over_odd_sizes(setting, form):
             width = 1024  # noqa: PLW2901 - x in shared memory wants whole chunks
             weight = packed(rows, width, form)
             order = shuffle(weight, torch.bfloat16)
-        for count in {1, min(setting.bm, 63), *((setting.bm + 7,) if isinstance(setting, Tile) else ())}:
+        for count in counts(setting, rows, width):
             x = rows_of(count, width)
             results = [launch.run(x, order, bias, None, setting) for _ in range(2)]
             assert torch.equal(*results), "not the same bits twice"
@@ -329,6 +339,36 @@ def test_gradients_are_the_definition_s(count, how):
 
 
 @on_gpu
+@pytest.mark.skipif(CUDA and not HOPPER, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("setting", [each for each in settings() if isinstance(each, Tile)] or [Tile(1, 8, 8, 3, 1)])
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+def test_every_launch_of_a_gradient_is_the_definition_over_odd_sizes(setting, form):
+    for rows, width in itertools.product(SIZES, SIZES):
+        weight = packed(rows, width, form)
+        order, values = shuffle(weight, torch.bfloat16), naive.dequantize(weight, torch.float64)
+        for count in counts(setting, rows, width):
+            upstream = rows_of(count, rows)
+            results = [launch.run(upstream, order, None, None, setting, turned=True) for _ in range(2)]
+            assert torch.equal(*results), "not the same bits twice"
+            few = count * width < 64  # one rounding of one value is up to 4e-3
+            assert_near(results[0], upstream.double() @ values, torch.bfloat16, 1.4 if few else 1)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("gated", [None, False, True])
+def test_the_gradient_at_every_number_of_rows(gated, form, dtype):
+    weight = packed(300, 1000, form)
+    half = torch.float16 if dtype == torch.float16 and form == "nvfp4" else torch.bfloat16
+    ready = weight if gated is None else shuffle(weight, half, gated=gated)
+    for count in (1, 8, 17, 64, 65, 300, 2000, 2500, 6200):
+        upstream = rows_of(count, 300, dtype) * 1e-2
+        got = select.linear_gradient(upstream, ready)
+        assert_near(got, upstream.double() @ naive.dequantize(weight, torch.float64), dtype)
+
+
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("gated", [None, False, True])
 def test_the_gradient_comes_in_slabs_of_columns(dtype, gated, monkeypatch):
@@ -349,6 +389,22 @@ def test_the_result_comes_in_slabs_of_rows(activation, gated, monkeypatch):
     x = rows_of(33, 200, torch.float32) * 1e-2
     expected = naive.linear(x.double(), weight, bias.double(), activation)
     assert_near(slab.linear(x, ready, bias, activation), expected, torch.float32, 3)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_a_weight_that_is_one_slab_is_unpacked_and_multiplied_again(activation, dtype):
+    x = rows_of(launch.MOST_ROWS + 50, 960, dtype)
+    for divisor in (2.0**16, 48.0 * 2**10, 2.0**17):  # the second is no power of two, and not unpacked in pairs
+        weight = packed(300, 960, divisor=divisor)
+        ready, bias = shuffle(weight, dtype), rows_of(1, 300, dtype, seed=3)[0]
+        assert "slabs" in select.explain(len(x), ready, dtype, activation)
+        results = [fp4.linear(x, ready, bias, activation) for _ in range(3)]
+        assert all(torch.equal(each, results[0]) for each in results)
+        again = launch._served.get(launch.likeness(x, ready, bias, activation))
+        assert (again is not None) == ready.exact == (divisor != 48.0 * 2**10)
+        assert_near(results[0], naive.linear(x.double(), weight, bias.double(), activation), dtype, 2)
 
 
 @on_gpu

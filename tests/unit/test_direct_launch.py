@@ -15,7 +15,7 @@ from fake_cuda import FakeCuda, map_of
 from apt_model.core.system import cuda
 from apt_model.core.system.cuda_driver import MAP, Function, KernelLaunch, Parameter, TensorMap
 from apt_model.ops import fp4
-from apt_model.ops.fp4 import compiled, launch, naive, plan
+from apt_model.ops.fp4 import compiled, counters, launch, naive, plan
 from apt_model.ops.fp4.layout import shuffle, unshuffle
 from apt_model.ops.fp4.tables import Decode
 
@@ -414,7 +414,7 @@ def gpu(driver, monkeypatch):
     monkeypatch.setattr(launch, "_served", {})
     monkeypatch.setattr(launch, "facts", lambda _: ((9, 0), 132))
     monkeypatch.setattr(launch, "choose", lambda *_: chosen.append(1) or Decode(1, 8, 0, 4, 1))
-    monkeypatch.setattr(plan, "_product", lambda *of: compiled.Compiled(Product(of[1], of[3]), {}))
+    monkeypatch.setattr(plan, "_product", lambda *of, **_: compiled.Compiled(Product(of[1], of[3]), {}))
     return chosen
 
 
@@ -422,26 +422,28 @@ def ready(rows=64, width=64, activation=None):
     return shuffle(fp4.quantize(torch.randn(rows, width), "nvfp4"), torch.bfloat16, gated=activation == "swiglu")
 
 
-def test_streams_do_not_count_together(driver, monkeypatch):
-    held, stream, capturing = torch.zeros(16, dtype=torch.int32), [0], [False]
+def test_streams_do_not_count_together(monkeypatch):
+    held, stream, capturing = torch.zeros(64, dtype=torch.int32), [0], [False]
+    monkeypatch.setattr(counters, "_seats", {})
+    monkeypatch.setattr(counters, "_made", {0: torch.zeros(counters.STREAMS, counters.EACH, dtype=torch.int32)})
     monkeypatch.setattr(cuda, "current_stream", lambda _: stream[0])
     monkeypatch.setattr(cuda.CudaDevice, "is_capturing", staticmethod(lambda: capturing[0]))
 
-    def on(number):
+    def on(number, count=3):
         stream[0] = number
-        return plan._counters(held, -1)
+        found = counters.take(count, held, 0)
+        assert len(found) >= count
+        assert not found.any()
+        return found.data_ptr()
 
-    assert on(0) is held
-    other = on(7)
-    assert other is not held
-    assert torch.equal(other, held)
-    assert on(7) is other
-    assert on(0) is held
+    own = [on(number) for number in range(counters.STREAMS)]
+    assert len(set(own)) == counters.STREAMS
+    assert [on(number) for number in range(counters.STREAMS)] == own
+    assert on(counters.STREAMS) not in own
+    assert on(0, counters.EACH + 1) not in own
     capturing[0] = True
-    assert on(8) is held  # and stays with the graph alone
-    capturing[0] = False
-    assert on(8) is not held
-    assert not copy.deepcopy(held).any()
+    assert on(0) == on(counters.STREAMS) == held.data_ptr()
+    assert on(0, 65) not in (*own, held.data_ptr())
 
 
 @pytest.mark.parametrize("activation", [None, "silu", "swiglu"])

@@ -1,7 +1,7 @@
 """Which kernel for how many rows on which GPU, and its launch."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,12 +9,14 @@ from torch import Tensor
 from apt_model.core.system.cuda import CudaDevice
 from apt_model.ops.fp4.compiled import MOST_KNOWN, known
 from apt_model.ops.fp4.format import NVFP4, Format, PackedWeight
-from apt_model.ops.fp4.layout import Shuffled
+from apt_model.ops.fp4.layout import Shuffled, take_turns
 from apt_model.ops.fp4.plan import Plan, contiguous, described, is_aligned, likeness, make, whole
 from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
 
-# Above this many rows of x unpacking a slab and torch's own product are faster.
-MOST_ROWS = 6144
+# Above this many rows of x unpacking a slab and torch's own product are faster, unless sums are over so many terms.
+MOST_ROWS, LONG = 6144, 4096
+# For any number of rows beyond a thousand.
+_MOST = Tile(2, 256, 2, 3, 1)
 _BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)
 FEW = 16  # rows of x up to which a product is bound by reading the weights
 _HOPPER = (9, 0)
@@ -40,7 +42,8 @@ def choose(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> De
 def choice(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Choice:
     """`choose`, and why: what was measured on this machine comes before what is shipped."""
     if rows > MOST_ROWS:
-        return Choice(None, BY_RULE)
+        served = serves(weight.format, weight.device, dtype) and is_hopper(weight.device)
+        return Choice(_most(weight.in_features) if served else None, BY_RULE)
     return _choice(rows, *weight.shape, weight.format, weight.device, dtype)
 
 
@@ -75,6 +78,11 @@ def shipped(bucket: int, out_rows: int, in_features: int, device: torch.device) 
     if known is not None:
         return Choice(known, SHIPPED)
     return Choice(_rule(bucket, out_rows, in_features, hopper, processors), BY_RULE)
+
+
+def _most(terms: int) -> Tile | None:
+    """The launch for more rows than MOST_ROWS, where sums have so many terms."""
+    return _MOST if terms >= LONG else None
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -143,41 +151,82 @@ def _decode(x_rows: int, out_rows: int, in_features: int, processors: int) -> De
 
 
 def again(x: Tensor, weight: PackedWeight | Shuffled, bias: Tensor | None, activation: str | None) -> Tensor | None:
-    """act(x W^T + bias) for x [..., K] by the launch that the like was remembered with, or None where none was."""
+    """act(x W^T + bias) for x [..., K] the way that the like was remembered with, or None where none was."""
     if not x.is_cuda or not isinstance(weight, Shuffled):
         return None
-    plan = _served.get(likeness(x, weight, bias, activation))
-    return None if plan is None else plan.run(x, weight, bias)
+    way = _served.get(likeness(x, weight, bias, activation))
+    return None if way is None else way.run(x, weight, bias)
 
 
-def remember(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> None:
-    """Let `again` serve the like of these by this launch, unless x would have to be copied."""
-    if x.dim() == 2 or x.is_contiguous():
-        plan = _plan_of(x if x.dim() == 2 else x.view(-1, x.shape[-1]), weight, bias, activation, setting)
-        if plan.launch is not None:
-            shape = (*x.shape[:-1], plan.shape[-1])
-            if len(_served) >= MOST_KNOWN:
-                _served.clear()
-            _served[likeness(x, weight, bias, activation)] = plan._replace(shape=shape, strides=contiguous(shape))
+class Way(Protocol):
+    """How a product of one kind is computed."""
+
+    def run(self, x: Tensor, weight: Shuffled, bias: Tensor | None) -> Tensor:
+        """act(x W^T + bias) for x [..., K]."""
 
 
-def run(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Tensor:
-    """act(x W^T + bias), x [M, K] -> [M, N] (swiglu: [M, N / 2])."""
-    plan = _plan_of(x, weight, bias, activation, setting)
+def remember(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, way: Way) -> None:
+    """Let `again` serve the like of these this way."""
+    if len(_served) >= MOST_KNOWN:
+        _served.clear()
+    _served[likeness(x, weight, bias, activation)] = way
+
+
+def way(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Way | None:
+    """How the like of x [..., K] is computed by this launch, or None where x would have to be copied."""
+    if x.dim() != 2 and not x.is_contiguous():
+        return None
+    plan = _plan_of(x if x.dim() == 2 else x.view(-1, x.shape[-1]), weight, bias, activation, setting)
+    shape = (*x.shape[:-1], plan.shape[-1]) if plan.launch else ()
+    return plan._replace(shape=shape, strides=contiguous(shape)) if plan.launch else None
+
+
+def run(
+    x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile, *,
+    turned: bool = False,
+) -> Tensor:  # fmt: skip
+    """act(x W^T + bias), x [M, K] -> [M, N] (swiglu: [M, N / 2]); with `turned` x W, x [M, N] -> [M, K]."""
+    plan = _plan_of(x, weight, bias, activation, setting, turned=turned)
     if plan.launch is None:
         x = _aligned(x, setting) if described(setting) else x.contiguous()
-        plan = _plan_of(x, weight, bias, activation, setting)
+        plan = _plan_of(x, weight, bias, activation, setting, turned=turned)
     return plan.run(x, weight, bias)
 
 
+def gradient(upstream: Tensor, weight: PackedWeight | Shuffled) -> Tensor | None:
+    """Upstream W for upstream [M, N] -> [M, K] by a kernel that turns the weight, or None where there is none."""
+    if not isinstance(weight, Shuffled) or upstream.dtype != weight.dtype or not is_hopper(weight.device):
+        return None
+    if not serves(weight.format, weight.device, weight.dtype):
+        return None
+    setting = choose_gradient(len(upstream), weight)
+    if setting is None:
+        return None
+    if weight.gated:
+        upstream = take_turns(upstream.T).T
+    return run(upstream, weight, None, None, setting, turned=True)
+
+
+def choose_gradient(rows: int, weight: Shuffled) -> Tile | None:
+    """The launch for `rows` rows of a gradient on Hopper, or None where slabs are faster."""
+    if rows > MOST_ROWS:
+        return _most(weight.out_features)
+    return (_few if rows <= 64 else _many)(
+        rows, weight.in_features, weight.out_features, facts(weight.device.index)[1]
+    )  # fmt: skip
+
+
 # By what `likeness` tells.
-_served: dict[tuple[Any, ...], Plan] = {}
+_served: dict[tuple[Any, ...], Way] = {}
 
 
-def _plan_of(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile) -> Plan:
-    key = (setting, *likeness(x, weight, bias, activation))
+def _plan_of(
+    x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile, *,
+    turned: bool = False,
+) -> Plan:  # fmt: skip
+    key = (setting, turned, *likeness(x, weight, bias, activation))
     early = facts(x.get_device())[0] >= _HOPPER
-    plan: Plan = known(key, lambda: make(x, weight, bias, activation, setting, early=early))
+    plan: Plan = known(key, lambda: make(x, weight, bias, activation, setting, early=early, turned=turned))
     return plan
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt_model.ops.fp4.counters import prepare
 from apt_model.ops.fp4.format import MXFP4, NVFP4, Format, PackedWeight, pack, row_blocks, row_bytes, unpack
 from apt_model.ops.fp4.naive import e4m3_unit
 
@@ -51,7 +52,7 @@ class Shuffled(NamedTuple):
     scales: Tensor  # int32 [n, G, c, w, g, 2 (nvfp4) or 1 (mxfp4)]: rows g and g + 8 of two blocks each
     global_scale: Tensor | None  # float32 [1], as in `PackedWeight`
     alpha: Tensor  # float32 [3]: what the sum is multiplied with; the same for codes in E4M3; and their unit
-    counters: Tensor  # int32: zeros, which every launch leaves as it found them
+    counters: Tensor  # int32 [n COUNTERS]: zeros, for CUDA graphs (`counters.py`)
     out_features: int
     in_features: int
     block: int
@@ -121,7 +122,7 @@ def shuffle(weight: PackedWeight, dtype: torch.dtype, *, gated: bool = False) ->
         at = slice(i * TILE_ROWS, (i + step) * TILE_ROWS)
         missing = (0, groups * GROUP_INPUTS // 2 - packed.shape[1], 0, -len(packed[at]) % TILE_ROWS)
         words[i : i + step] = _words(F.pad(packed[at], missing), dead[at], form.block, dtype)
-    # Last: a kernel may begin before the launch in front of it has ended, and reads the counters late.
+    prepare(words.device)
     counters = torch.zeros(tiles * COUNTERS, dtype=torch.int32, device=words.device)
     exact = _is_power_of_two(float(alpha[0]), dtype)
     return Shuffled(words, scales, weight.global_scale, alpha, counters, rows, size, form.block, gated, dtype, exact)

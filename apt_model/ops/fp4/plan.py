@@ -1,7 +1,6 @@
 """What is launched for a product of one kind: which kernel, its grid and numbers, and what the result looks like."""
 
 import functools
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -9,19 +8,20 @@ from torch import Tensor
 
 from apt_model.core.system import cuda
 from apt_model.ops.fp4.compiled import Box, Compiled, Launch, View, known
-from apt_model.ops.fp4.layout import COUNTERS, Shuffled
+from apt_model.ops.fp4.counters import take
+from apt_model.ops.fp4.layout import Shuffled
 from apt_model.ops.fp4.tables import Decode, Tile
 
-# Held while a weight's counters get an owner.
-_COUNTING = threading.Lock()
+# Pieces of x that programs take at once.
+GROUP = 8
 CODES = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "swiglu": 5}
 
 
 def likeness(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None) -> tuple[Any, ...]:
     """All that a product's launch depends on, and what Triton would look at to find the kernel again."""
     return (
-        x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device(), weight.words.get_device(), weight.dtype,
-        weight.block, weight.out_features, weight.in_features, weight.gated, activation,
+        weight.exact, x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device(), weight.words.get_device(),
+        weight.dtype, weight.block, weight.out_features, weight.in_features, weight.gated, activation,
         None if bias is None else (bias.dtype, bias.data_ptr() % 16),
     )  # fmt: skip
 
@@ -33,7 +33,7 @@ class Plan(NamedTuple):
     shape: tuple[int, ...] = ()  # of the result
     strides: tuple[int, ...] = ()
     sums: int = 0  # floats for sums over parts of the inputs
-    counters: int = 0  # where the weight's own do not suffice
+    counters: int = 0  # for them
 
     def run(self, x: Tensor, weight: Shuffled, bias: Tensor | None) -> Tensor:
         """The product; of x only its type and its memory matter."""
@@ -43,26 +43,9 @@ class Plan(NamedTuple):
                 return self.run(x, weight, bias)
         out = cuda.empty(self.shape, self.strides, x.dtype)
         sums = cuda.empty((self.sums,), (1,), torch.float32) if self.sums else None
-        counters = weight.counters
-        if self.sums:
-            counters = counters.new_zeros(self.counters) if self.counters else _counters(counters, self.launch.index)
+        counters = take(self.counters, weight.counters, self.launch.index) if self.sums else weight.counters
         self.launch((x, weight.words, weight.scales, weight.alpha, bias, out, sums, counters))
         return out
-
-
-def _counters(held: Tensor, index: int) -> Tensor:
-    """A weight's counters, or others for a second stream: two launches at once must not count together.
-
-    A CUDA graph that is recorded has the weight's own, which live as long as it may need them.
-    """
-    stream, owners = cuda.current_stream(index), held.__dict__.setdefault("of_streams", {})
-    if stream not in owners:
-        with _COUNTING:
-            if owners and cuda.CudaDevice.is_capturing():
-                return held
-            owners[stream] = torch.zeros_like(held) if owners else None  # None: its own, as a copy would never end
-    found: Tensor | None = owners[stream]
-    return held if found is None else found
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -74,22 +57,29 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def make(
-    x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile, *, early: bool
-) -> Plan:
-    """How x [M, K] is multiplied by a launch of this setting; `early`: it may begin before the one in front ends."""
+    x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None, setting: Decode | Tile, *, early: bool,
+    turned: bool = False,
+) -> Plan:  # fmt: skip
+    """How x [M, K] is multiplied by a launch of this setting; `early`: it may begin before the one in front ends.
+
+    With `turned` it is x [M, N] by the weight with rows for columns, a gradient.
+    """
     if not (is_aligned(x, setting) if described(setting) else x.is_contiguous()):
         return Plan(None)
     (m, k), pitch, index = x.shape, x.stride(0), x.get_device()
-    (tiles, groups), chunks = weight.words.shape[:2], -(-k // 64)
-    setting = _fitted(setting, tiles, groups, chunks)
+    tiles, groups = weight.words.shape[:2]
+    # In tiles of 64: the result's columns, and what is summed over.
+    across, along = (groups * 4, tiles) if turned else (tiles, -(-k // 64))
+    setting = _fitted(setting, across, groups, along)
     width = weight.out_features // 2 if weight.gated else weight.out_features
-    rows = tiles // setting.wg
+    width = weight.in_features if turned else width
+    rows = across // setting.wg
     spots = rows * -(-m // setting.bm)
     views: tuple[View, ...] = ()
     if isinstance(setting, Tile):
         grid = (-(-m // setting.bm), rows, setting.split)
-        steps = -(-chunks // setting.c)
-        numbers: tuple[int, ...] = (m, width, chunks, -(-steps // setting.split))
+        steps = -(-along // setting.c)
+        numbers: tuple[int, ...] = (m, width, along, -(-steps // setting.split))
         codes, scales = (tiles, groups * 8, 256), (tiles, groups * 4, 1024 // weight.block)
         views = ((m, k), (pitch, 1)), (codes, contiguous(codes)), (scales, contiguous(scales))
     else:
@@ -98,43 +88,62 @@ def make(
         if setting.kept:
             views = (((k // 64, m, 64), (64, pitch, 1)),)
     # The same kernel serves other numbers of rows.
-    key = ("product", setting, k, pitch, *likeness(x, weight, bias, activation)[3:])
-    kernel = known(key, lambda: _product(setting, weight, bias is not None, activation, early))
+    key = ("product", turned, setting, k, pitch, *likeness(x, weight, bias, activation)[4:])
+    group = GROUP if -(-m // setting.bm) > GROUP else 0
+    kernel = known(
+        (*key, group),
+        lambda: _product(setting, weight, bias is not None, activation, early=early, turned=turned, group=group),
+    )
     sums = spots * setting.split * setting.wg * 64 * setting.bm if setting.split > 1 else 0
-    counters = spots if sums and spots > tiles * COUNTERS else 0
     shape = (m, width)
-    return Plan(Launch(kernel, index, grid, numbers, views), shape, contiguous(shape), sums, counters)
+    return Plan(Launch(kernel, index, grid, numbers, views), shape, contiguous(shape), sums, spots if sums else 0)
 
 
-def _product(setting: Decode | Tile, weight: Shuffled, has_bias: bool, activation: str | None, early: bool) -> Compiled:
-    """One of the two kernels, with the boxes that it brings to shared memory."""
+def boxes(setting: Decode | Tile, block: int, turned: bool) -> tuple[Box, ...]:
+    """What a kernel's descriptors bring to shared memory at once."""
     from triton.experimental.gluon import language as gl  # noqa: PLC0415 - Triton is not everywhere
 
-    from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415
+    if isinstance(setting, Decode):
+        return (([setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)),)
+    plain, (down, across) = gl.NVMMASharedLayout(0, 32, 3), (setting.wg, setting.c)
+    if turned:
+        down, across = across, down
+    return (
+        ([setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)),
+        ([down, across * 2, 256], plain),
+        ([down, across, 1024 // block], plain),
+    )
+
+
+def _product(
+    setting: Decode | Tile,
+    weight: Shuffled,
+    has_bias: bool,
+    activation: str | None,
+    *,
+    early: bool,
+    turned: bool,
+    group: int,
+) -> Compiled:
+    """One of the two kernels."""
+    from apt_model.ops.fp4.kernel_decode import decode_kernel  # noqa: PLC0415 - Triton is not everywhere
     from apt_model.ops.fp4.kernel_tile import tile_kernel  # noqa: PLC0415
 
     options: dict[str, Any] = {"num_warps": setting.warps, "launch_pdl": early}
-    own = {"SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm}
+    own: dict[str, Any] = {"SPLIT": setting.split, "WG": setting.wg, "BM": setting.bm}
     if isinstance(setting, Tile):
         function: Any = tile_kernel
-        own |= {"C": setting.c, "STAGES": setting.stages}
-        plain = gl.NVMMASharedLayout(0, 32, 3)
-        boxes: tuple[Box, ...] = (
-            ([setting.bm, 64 * setting.c], gl.NVMMASharedLayout(128, 16, 2)),
-            ([setting.wg, setting.c * 2, 256], plain),
-            ([setting.wg, setting.c, 1024 // weight.block], plain),
-        )
+        own |= {"C": setting.c, "STAGES": setting.stages, "TURNED": turned, "GROUP": group}
     else:
         function = decode_kernel
         own |= {"REP": setting.rep, "KEPT": setting.kept, "AHEAD": setting.ahead}
-        boxes = (([setting.kept * 4, setting.bm, 64], gl.NVMMASharedLayout(128, 16, 3)),)
         if setting.ahead == 4 and setting.rep == 1:
             options["maxnreg"] = 64
     common = {
         "BLOCK": weight.block, "FP16": weight.dtype == torch.float16, "HAS_BIAS": has_bias,
         "ACTIVATION": CODES[activation], "PDL": early,
     }  # fmt: skip
-    return Compiled(function, {**own, **common}, boxes=boxes, **options)
+    return Compiled(function, {**own, **common}, boxes=boxes(setting, weight.block, turned), **options)
 
 
 @functools.cache

@@ -17,6 +17,14 @@ def decoding(dtype: torch.dtype) -> str:
     return _assembly(dtype, 8, [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {name};" for i, name in enumerate("abcd")])
 
 
+def decoding_turned(dtype: torch.dtype) -> str:
+    """`decoding`, and then each pair's 8 x 8 weights, which a warp holds, with rows for columns."""
+    turn = [f"movmatrix.sync.aligned.m8n8.trans.b16 {name}, {name};" for name in "abcd"]
+    return _assembly(
+        dtype, 8, [*turn, *(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {name};" for i, name in enumerate("abcd"))]
+    )
+
+
 def unpacking(dtype: torch.dtype) -> str:
     """`decoding`, and then times the halves of a third word; each pair in one register."""
     return _assembly(dtype, 4, [f"mov.b32 ${i}, {name};" for i, name in enumerate("abcd")], 6)

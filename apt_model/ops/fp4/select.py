@@ -115,12 +115,20 @@ def _anew(
         out = fp8.linear(flat, weight, bias, activation)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
     setting = launch.choose(flat.shape[0], weight, x.dtype) if _fits(weight, x.dtype, activation) else None
+    if isinstance(weight, Shuffled):
+        way: launch.Way | None
+        if setting is None:
+            way = slab.whole(x, weight, bias, activation)
+        else:
+            way = launch.way(x, weight, bias, activation, setting)
+        if way is not None:
+            launch.remember(x, weight, bias, activation, way)
+            return way.run(x, weight, bias)
     if setting is None:
         out = slab.linear(flat, weight, bias, activation)
     else:
         assert isinstance(weight, Shuffled)
         out = launch.run(flat, weight, bias, activation, setting)
-        launch.remember(x, weight, bias, activation, setting)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -148,7 +156,10 @@ def _packed(weight: Operand) -> PackedWeight:
 def _input_gradient(upstream: Tensor, weight: Operand) -> Tensor:
     """dL/dx = upstream W, [..., K] in the type of `upstream`, a slab of rows at a time."""
     if slab.takes(upstream) and upstream.numel():
-        return slab.input_gradient(upstream.flatten(0, -2), weight).view(*upstream.shape[:-1], weight.in_features)
+        flat = upstream.flatten(0, -2)
+        out = launch.gradient(flat, weight)
+        out = slab.input_gradient(flat, weight) if out is None else out
+        return out.view(*upstream.shape[:-1], weight.in_features)
     weight = _packed(weight)
     wide = torch.promote_types(upstream.dtype, torch.float32)
     total = upstream.new_zeros(*upstream.shape[:-1], weight.in_features, dtype=wide)

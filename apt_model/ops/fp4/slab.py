@@ -4,10 +4,13 @@ The buffer stays in the GPU's cache between the two; it is all the memory that t
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from apt_model.core.system import cuda
 from apt_model.ops import HAS_TRITON
 from apt_model.ops.fp4 import launch, naive
 from apt_model.ops.fp4.compiled import Compiled, Launch, known
@@ -63,6 +66,36 @@ def linear(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | No
         out = take_turns_back(out.T, weight.shape[0]).T
         out = out if bias is None else out + bias
     return naive.activate(out, activation) if gated or activation == "swiglu" else out
+
+
+class Whole(NamedTuple):
+    """A product for which the weight is one slab: one launch that unpacks it in pairs, and torch's own linear."""
+
+    launch: Launch
+    shape: tuple[int, int]  # of the weight in pairs
+    dtype: torch.dtype
+    activation: str | None
+
+    def run(self, x: Tensor, weight: Shuffled, bias: Tensor | None) -> Tensor:
+        """act(x W^T + bias) for x [..., K]."""
+        if self.launch.index != cuda.current_index():
+            with torch.accelerator.device_index(self.launch.index):
+                return self.run(x, weight, bias)
+        pairs = cuda.empty(self.shape, (self.shape[1], 1), torch.int32)
+        self.launch((weight.words, weight.scales, weight.alpha, pairs))
+        out = F.linear(x, pairs.view(self.dtype), bias)
+        return out if self.activation is None else naive.activate(out, self.activation)
+
+
+def whole(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Whole | None:
+    """How the like of `linear` with x [..., K] is computed with fewer words, or None where that is not so."""
+    rows, width = weight.shape
+    if not isinstance(weight, Shuffled) or weight.gated or activation == "swiglu" or width % 2:
+        return None
+    if rows * width * x.element_size() > SLAB_BYTES or (bias is not None and bias.dtype != x.dtype):
+        return None
+    pairs = _pairs(weight, x.new_empty(rows, width))
+    return None if pairs is None else Whole(_in_pairs(weight, pairs, 0, 0), (rows, width // 2), x.dtype, activation)
 
 
 def input_gradient(upstream: Tensor, weight: Operand) -> Tensor:
