@@ -73,11 +73,13 @@ def weights_of_chunk(
     if TURNED:
         q = words.index(at).slice(c, 1, dim=0).load(words_layout)
         s = scales.index(at).slice(c, 1, dim=0).load(scales_layout)
-        return turned_fragments(q, s, scales.shape[2], BLOCK, FP16, mma)
-    WG: gl.constexpr = words.shape[1]
-    q = words.index(at).slice(c * 2, 2, dim=1).load(words_layout).reshape([WG, 512])
-    s = scales.index(at).slice(c, 1, dim=1).load(scales_layout).reshape([WG, 1024 // BLOCK])
-    return fragments(q, s, WG, BLOCK, FP16, mma)
+        w = turned_fragments(q, s, scales.shape[2], BLOCK, FP16, mma)
+    else:
+        WG: gl.constexpr = words.shape[1]
+        q = words.index(at).slice(c * 2, 2, dim=1).load(words_layout).reshape([WG, 512])
+        s = scales.index(at).slice(c, 1, dim=1).load(scales_layout).reshape([WG, 1024 // BLOCK])
+        w = fragments(q, s, WG, BLOCK, FP16, mma)
+    return w
 
 
 @gluon.jit
