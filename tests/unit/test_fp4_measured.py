@@ -16,7 +16,7 @@ from apt_model.core.system.measurements import Machine
 from apt_model.ops import fp4
 from apt_model.ops.fp4 import launch, measured, naive, select, slab
 from apt_model.ops.fp4.layout import shuffle, unshuffle
-from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
+from apt_model.ops.fp4.tables import H100, H200, Decode, Tile, of_card
 from apt_model.optimization import FusedFP4Linear, quantize, tune
 
 pytest.importorskip("triton", reason="launches are for Triton's kernels")
@@ -31,7 +31,7 @@ class Gpu:
     """Stands in for a GPU: products are the definition's, times those of `times` (10 us where there is none)."""
 
     def __init__(self):
-        self.capability, self.processors = (8, 9), 58
+        self.card, self.capability, self.processors = "NVIDIA L4", (8, 9), 58
         self.times, self.faults, self.launched = {}, {}, []
 
     def product(self, x, weight, bias, activation, setting=None):
@@ -65,6 +65,7 @@ def fresh():
 def gpu(folder, monkeypatch):
     made = Gpu()
     monkeypatch.setattr(launch, "facts", lambda _: (made.capability, made.processors))
+    monkeypatch.setattr(launch, "table", lambda _: of_card(made.card))
     monkeypatch.setattr(launch, "run", made.product)
     monkeypatch.setattr(slab, "linear", made.product)
     monkeypatch.setattr(measured, "_seconds", made.seconds)
@@ -210,10 +211,9 @@ def test_small_weights_have_something_to_try(shape, hopper):
     assert len(measured.candidates(8, *shape, hopper, 132)) > 3
 
 
-def test_the_shipped_table_is_among_what_is_tried():
-    missing = [
-        key for key, each in HOPPER.items() if each not in measured.candidates(key[2], key[0], key[1], True, 132)
-    ]
+@pytest.mark.parametrize("table", [H100, H200], ids=["H100", "H200"])
+def test_the_shipped_table_is_among_what_is_tried(table):
+    missing = [key for key, each in table.items() if each not in measured.candidates(key[2], key[0], key[1], True, 132)]
     assert not missing
 
 
@@ -365,8 +365,12 @@ def test_explain_says_where_the_choice_is_from(gpu):
     assert say(64).endswith("for torch's own product, measured on this machine")
     gpu.capability, gpu.processors = (9, 0), 132
     launch.forget()
-    table = weight._replace(out_features=4096, in_features=4096)
-    assert f"{HOPPER[4096, 4096, 8]} from the shipped table" in select.explain(1, on_cuda(table), torch.bfloat16)
+    wide = weight._replace(out_features=28672, in_features=8192)
+    for card, table in (("NVIDIA H100 80GB HBM3", H100), ("NVIDIA H200", H200), ("NVIDIA GH200 480GB", H200)):
+        gpu.card = card
+        launch.forget()
+        assert f"{table[28672, 8192, 8]} from the shipped table" in select.explain(1, on_cuda(wide), torch.bfloat16)
+    assert H100[28672, 8192, 8] != H200[28672, 8192, 8]
 
 
 # --- tune

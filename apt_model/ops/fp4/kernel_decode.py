@@ -212,6 +212,10 @@ def finish(
     gl.store(out_ptr + m.to(gl.int64) * N + rows, z, mask=(m < M) & (rows < N))
 
 
+# Slices of the inputs up to which one program waits for the others' sums.
+WAITS = gl.constexpr(3)
+
+
 @gluon.jit
 def finish_split(
     y, tile, slot, split, m_first, out_ptr, bias, partial_ptr, counter_ptr, alpha, M, N, SPLIT: gl.constexpr,
@@ -219,24 +223,37 @@ def finish_split(
 ):  # fmt: skip
     """As `finish`, for one of SPLIT slices of the inputs.
 
-    The slices' sums go to memory, and the last program of a tile to arrive adds them in fixed order: one launch, and
-    the same bits every time.
+    The slices' sums meet in memory, and one program adds them in fixed order: one launch, and the same bits every time.
+    Of two or three slices that is the last one's program, which waits for the others (and they have begun, as programs
+    do so in the order of their numbers, of which the slices' are the slowest); of more whoever comes last.
     """
     if SPLIT == 1:
         finish(y, tile, m_first, out_ptr, bias, alpha, M, N, HAS_BIAS, ACTIVATION, ROWS, BM, out_layout)
     else:
         row = gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))[:, None]
         column = gl.arange(0, BM, gl.SliceLayout(0, y.type.layout))[None, :]
+        mask = m_first + column < M
         slot_ptr = partial_ptr + slot.to(gl.int64) * (SPLIT * ROWS * BM) + column * ROWS + row
-        gl.store(slot_ptr + split * (ROWS * BM), y, mask=m_first + column < M)
-        barrier()
-        arrived = gl.atomic_add(counter_ptr + slot, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT - 1:
-            gl.store(counter_ptr + slot, 0)
-            total = gl.zeros_like(y)
-            for other in gl.static_range(SPLIT):
-                total += gl.load(slot_ptr + other * (ROWS * BM), mask=m_first + column < M, other=0)
-            finish(total, tile, m_first, out_ptr, bias, alpha, M, N, HAS_BIAS, ACTIVATION, ROWS, BM, out_layout)
+        counter_ptr += slot
+        adds = split == SPLIT - 1
+        if SPLIT > WAITS or split < SPLIT - 1:
+            gl.store(slot_ptr + split * (ROWS * BM), y, mask=mask)
+            barrier()
+        if SPLIT > WAITS:
+            adds = gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+        elif adds:
+            arrived = gl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+            while arrived < SPLIT - 1:
+                arrived = gl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+        else:
+            gl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+        if adds:
+            gl.store(counter_ptr, 0)
+            if SPLIT > WAITS:
+                y = gl.load(slot_ptr + (SPLIT - 1) * (ROWS * BM), mask=mask, other=0)
+            for other in gl.static_range(SPLIT - 1):
+                y += gl.load(slot_ptr + other * (ROWS * BM), mask=mask, other=0)
+            finish(y, tile, m_first, out_ptr, bias, alpha, M, N, HAS_BIAS, ACTIVATION, ROWS, BM, out_layout)
 
 
 @gluon.jit

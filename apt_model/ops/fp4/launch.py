@@ -11,7 +11,7 @@ from apt_model.ops.fp4.compiled import MOST_KNOWN, known
 from apt_model.ops.fp4.format import NVFP4, Format, PackedWeight
 from apt_model.ops.fp4.layout import Shuffled, take_turns
 from apt_model.ops.fp4.plan import Plan, contiguous, described, is_aligned, likeness, make, whole
-from apt_model.ops.fp4.tables import HOPPER, Decode, Tile
+from apt_model.ops.fp4.tables import Decode, Table, Tile, of_card
 
 # Above this many rows of x unpacking a slab and torch's own product are faster, unless sums are over so many terms.
 MOST_ROWS, LONG = 6144, 4096
@@ -74,7 +74,7 @@ def bucket_of(rows: int) -> int:
 def shipped(bucket: int, out_rows: int, in_features: int, device: torch.device) -> Choice:
     """What this package knows of itself: the table, and rules for what is not in it."""
     hopper, processors = is_hopper(device), facts(device.index)[1]
-    known = HOPPER.get((out_rows, in_features, bucket if bucket < MOST_ROWS else 1024)) if hopper else None
+    known = table(device.index).get((out_rows, in_features, bucket if bucket < MOST_ROWS else 1024)) if hopper else None
     if known is not None:
         return Choice(known, SHIPPED)
     return Choice(_rule(bucket, out_rows, in_features, hopper, processors), BY_RULE)
@@ -83,6 +83,12 @@ def shipped(bucket: int, out_rows: int, in_features: int, device: torch.device) 
 def _most(terms: int) -> Tile | None:
     """The launch for more rows than MOST_ROWS, where sums have so many terms."""
     return _MOST if terms >= LONG else None
+
+
+@functools.cache
+def table(index: int | None) -> Table:
+    """The shipped table of a GPU of compute capability 9.0."""
+    return of_card(CudaDevice(index).name())
 
 
 def is_hopper(device: torch.device) -> bool:

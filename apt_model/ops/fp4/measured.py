@@ -75,7 +75,7 @@ def _tiles(rows: int, out_features: int, in_features: int, processors: int) -> l
     tiles, chunks = -(-out_features // 64), -(-in_features // 64)
     found = []
     for wg, bm, c, stages, split in itertools.product(
-        (1, 2, 4), (8, 16, 32, 64, 128, 256), (2, 4, 8), (2, 3, 4), (1, 2, 3, 4, 6, 8)
+        (1, 2, 4), (8, 16, 32, 64, 128, 256), (2, 4, 8, 16), (2, 3, 4), (1, 2, 3, 4, 6, 8)
     ):
         steps = -(-chunks // c)
         per = -(-steps // split)
@@ -83,11 +83,17 @@ def _tiles(rows: int, out_features: int, in_features: int, processors: int) -> l
         shared = (bm * 128 + wg * 2304) * c * stages
         if tiles % wg or wg * bm > 512 or (wg, bm) == (1, 256) or shared > _MOST_SHARED:
             continue
-        if not (bm >= 128 or rows <= bm) or bm >= 2 * max(rows, 5) or not 32 <= c * bm <= 512 or (c < 4 and bm < 64):
+        if (
+            not (bm >= 128 or rows <= bm)
+            or bm >= 2 * max(rows, 5)
+            or not 32 <= c * bm <= 512
+            or (c == 16 and bm > 16)
+            or (c < 4 and bm < 64)
+        ):
             continue
         if -(-steps // per) != split or stages > max(per + 1, 2):
             continue
-        if programs < min(processors * 2 // 3, tiles // wg * 2) or (split > 1 and programs * wg > processors * 5):
+        if programs < min(processors * 2 // 3, tiles // wg * 2) or (split > 1 and programs * wg > processors * 8):
             continue
         found.append(Tile(wg, bm, c, stages, split))
     return found
