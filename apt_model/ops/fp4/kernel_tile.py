@@ -65,19 +65,18 @@ def bring_x(x_desc, m_first, chunk, full, shared, turn, pred):
 
 @gluon.jit
 def weights_of_chunk(
-    words, scales, turn, c: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr, TURNED: gl.constexpr,
+    words, scales, c: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr, TURNED: gl.constexpr,
     words_layout: gl.constexpr, scales_layout: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """The c-th chunk of a step, decoded: [WG * 64, 64], the first operand."""
-    at = turn % words.shape[0]
+    """The c-th chunk of a step's, decoded: [WG * 64, 64], the first operand."""
     if TURNED:
-        q = words.index(at).slice(c, 1, dim=0).load(words_layout)
-        s = scales.index(at).slice(c, 1, dim=0).load(scales_layout)
-        w = turned_fragments(q, s, scales.shape[2], BLOCK, FP16, mma)
+        q = words.slice(c, 1, dim=0).load(words_layout)
+        s = scales.slice(c, 1, dim=0).load(scales_layout)
+        w = turned_fragments(q, s, scales.shape[1], BLOCK, FP16, mma)
     else:
-        WG: gl.constexpr = words.shape[1]
-        q = words.index(at).slice(c * 2, 2, dim=1).load(words_layout).reshape([WG, 512])
-        s = scales.index(at).slice(c, 1, dim=1).load(scales_layout).reshape([WG, 1024 // BLOCK])
+        WG: gl.constexpr = words.shape[0]
+        q = words.slice(c * 2, 2, dim=1).load(words_layout).reshape([WG, 512])
+        s = scales.slice(c, 1, dim=1).load(scales_layout).reshape([WG, 1024 // BLOCK])
         w = fragments(q, s, WG, BLOCK, FP16, mma)
     return w
 
@@ -251,7 +250,8 @@ def tile_kernel(
     bias = bias_of_tile(bias_ptr, tile, N, HAS_BIAS, ACTIVATION, WG * 64, mma)
     acc = gl.zeros([WG * 64, BM], gl.float32, mma)
     mbarrier.wait(full.index(0), 0)
-    a = weights_of_chunk(words, scales, 0, 0, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
+    q, s = words.index(0), scales.index(0)
+    a = weights_of_chunk(q, s, 0, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
     a_before = a
     for step in range(first, last, C):
         turn = (step - first) // C
@@ -270,10 +270,12 @@ def tile_kernel(
                 bring_x(x_desc, m_first, chunk, full, shared, ahead, chunk < last)
             a_before = a
             if c + 1 < C:
-                a = weights_of_chunk(words, scales, turn, c + 1, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
+                q, s = words.index(turn % STAGES), scales.index(turn % STAGES)
+                a = weights_of_chunk(q, s, c + 1, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
             else:
                 mbarrier.wait(full.index((turn + 1) % STAGES), (turn + 1) // STAGES & 1, pred=step + C < last)
-                a = weights_of_chunk(words, scales, turn + 1, 0, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
+                q, s = words.index((turn + 1) % STAGES), scales.index((turn + 1) % STAGES)
+                a = weights_of_chunk(q, s, 0, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
     acc, a_before = warpgroup_mma_wait(0, deps=[acc, a_before])
     finish_split(
         acc, tile, tile * gl.num_programs(0) + m_tile, split, m_first, out_ptr, bias, partial_ptr, counter_ptr,

@@ -13,8 +13,8 @@ from apt_model.ops.fp4.layout import Shuffled, take_turns
 from apt_model.ops.fp4.plan import Plan, contiguous, described, is_aligned, likeness, make, whole
 from apt_model.ops.fp4.tables import Decode, Table, Tile, of_card
 
-# Above this many rows of x unpacking a slab and torch's own product are faster, unless sums are over so many terms.
-MOST_ROWS, LONG = 6144, 4096
+# Above this many rows of x unpacking a slab and torch's own product are faster, unless sums have so many terms.
+MOST_ROWS, LONG = 6144, 8192
 # For any number of rows beyond a thousand.
 _MOST = Tile(2, 256, 2, 3, 1)
 _BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -43,7 +43,7 @@ def choice(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Ch
     """`choose`, and why: what was measured on this machine comes before what is shipped."""
     if rows > MOST_ROWS:
         served = serves(weight.format, weight.device, dtype) and is_hopper(weight.device)
-        return Choice(_most(weight.in_features) if served else None, BY_RULE)
+        return Choice(_MOST if served and weight.in_features >= LONG else None, BY_RULE)
     return _choice(rows, *weight.shape, weight.format, weight.device, dtype)
 
 
@@ -78,11 +78,6 @@ def shipped(bucket: int, out_rows: int, in_features: int, device: torch.device) 
     if known is not None:
         return Choice(known, SHIPPED)
     return Choice(_rule(bucket, out_rows, in_features, hopper, processors), BY_RULE)
-
-
-def _most(terms: int) -> Tile | None:
-    """The launch for more rows than MOST_ROWS, where sums have so many terms."""
-    return _MOST if terms >= LONG else None
 
 
 @functools.cache
@@ -216,7 +211,7 @@ def gradient(upstream: Tensor, weight: PackedWeight | Shuffled) -> Tensor | None
 def choose_gradient(rows: int, weight: Shuffled) -> Tile | None:
     """The launch for `rows` rows of a gradient on Hopper, or None where slabs are faster."""
     if rows > MOST_ROWS:
-        return _most(weight.out_features)
+        return None
     return (_few if rows <= 64 else _many)(
         rows, weight.in_features, weight.out_features, facts(weight.device.index)[1]
     )  # fmt: skip

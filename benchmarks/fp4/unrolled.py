@@ -1,0 +1,302 @@
+"""A trial: `kernel_tile` with stages that the compiler can tell apart, beside the kernel as it is and beside bf16.
+
+    python benchmarks/fp4/unrolled.py [--shapes 8192x8192 ...] [--ms 1 16 ...] [--gradient] [--out FOLDER]
+
+A stage that is picked by a number is, to the compiler, all of its allocation: it has all warps of a program wait for each
+other before and after each bulk copy, five to six times a step. Here each stage is an allocation of its own, and the loop
+goes over all stages at once: one wait a step, the one that is needed. Slices of the inputs become whole rounds: what is
+beyond their end comes as zeros, which costs no memory but a product.
+
+Every result is compared with the definition before it is timed; arms take turns. Not part of the package: what it gains
+is to be seen here first (docs/decisions/0010).
+"""
+
+# ruff: noqa: RUF005 - Triton does not unpack in a tuple
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from apt_model.ops.fp4 import compiled, kernel_tile, launch, naive
+from apt_model.ops.fp4.kernel_decode import bias_of_tile, finish_split, layout
+from apt_model.ops.fp4.kernel_names import barrier, tma_load
+from apt_model.ops.fp4.kernel_tile import in_memory, place, weights_of_chunk
+from apt_model.ops.fp4.layout import shuffle
+from apt_model.ops.fp4.tables import Tile
+from benchmarks import record
+from benchmarks.fp4.cells import Replay
+from benchmarks.fp4.tune import ROTATING_BYTES, SHAPES, random_packed
+
+# For rows of x up to the key; of these the kernel as it is knows the first of its table besides.
+SETTINGS = {
+    8: [(1, 8, 4, 4, 4), (1, 8, 4, 4, 2), (1, 8, 8, 2, 1), (2, 8, 8, 2, 1), (1, 8, 8, 2, 4), (4, 8, 4, 4, 1)],
+    16: [(1, 16, 4, 3, 4), (1, 16, 4, 4, 4), (1, 16, 8, 2, 1), (2, 16, 8, 2, 1), (1, 16, 8, 2, 4), (2, 16, 4, 4, 2)],
+    64: [(1, 64, 2, 4, 2), (2, 64, 4, 2, 1), (2, 64, 2, 4, 2), (2, 64, 2, 4, 1), (1, 64, 4, 2, 4), (4, 64, 2, 4, 4)],
+    256: [(1, 128, 4, 2, 1), (2, 128, 2, 3, 1), (2, 128, 4, 2, 1), (2, 256, 2, 3, 1), (2, 256, 2, 2, 1)],
+    1024: [(2, 256, 2, 3, 1), (2, 256, 1, 4, 1), (2, 256, 1, 5, 1), (2, 256, 2, 2, 1)],
+}
+LARGEST_ERROR, ROUNDS = 5e-3, 7
+
+
+@gluon.jit
+def expect(full, words, scales, shared, pred):
+    """Tell a stage's three barriers how many bytes will come: codes, scales and x."""
+    mbarrier.expect(full[0], words.shape[0] * words.shape[1] * 1024, pred=pred)
+    mbarrier.expect(full[1], scales.shape[0] * scales.shape[1] * scales.shape[2] * 4, pred=pred)
+    mbarrier.expect(full[2], shared.shape[0] * shared.shape[1] * 2, pred=pred)
+
+
+@gluon.jit
+def wait(full, phase, pred):
+    """Until a stage's codes, scales and x have come."""
+    mbarrier.wait(full[0], phase, pred=pred)
+    mbarrier.wait(full[1], phase, pred=pred)
+    mbarrier.wait(full[2], phase, pred=pred)
+
+
+@gluon.jit
+def bring_weights(
+    words_desc, scales_desc, tile, chunk, full, words, scales, WG: gl.constexpr, TURNED: gl.constexpr, pred
+):
+    """Start to bring a step's codes and scales to their places."""
+    if TURNED:
+        tma_load(words_desc, [chunk, tile * WG * 2, 0], full[0], words, pred=pred)
+        tma_load(scales_desc, [chunk, tile * WG, 0], full[1], scales, pred=pred)
+    else:
+        tma_load(words_desc, [tile * WG, chunk * 2, 0], full[0], words, pred=pred)
+        tma_load(scales_desc, [tile * WG, chunk, 0], full[1], scales, pred=pred)
+
+
+@gluon.jit(do_not_specialize=["M", "chunks", "steps_per_split"])
+def tile_kernel(
+    x_desc, words_desc, scales_desc, alpha_ptr, bias_ptr, out_ptr, partial_ptr, counter_ptr, M, N, chunks, steps_per_split,
+    SPLIT: gl.constexpr, WG: gl.constexpr, BM: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, TURNED: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
+    """As `kernel_tile.tile_kernel`."""
+    TYPE: gl.constexpr = gl.float16 if FP16 else gl.bfloat16
+    words_layout: gl.constexpr = in_memory("words", WG, BLOCK, TURNED)
+    scales_layout: gl.constexpr = in_memory("scales", WG, BLOCK, TURNED)
+    out_layout: gl.constexpr = layout("out", WG, BM, BLOCK, ACTIVATION, 3)
+    mma: gl.constexpr = layout("mma", WG, BM, BLOCK, ACTIVATION, 3)
+    m_tile, tile = place(gl.program_id(0), gl.program_id(1), gl.num_programs(0), gl.num_programs(1), GROUP)
+    split = gl.program_id(2)
+    first = split * steps_per_split * C
+    last = gl.minimum(first + steps_per_split * C, chunks)
+    ROUND: gl.constexpr = C * STAGES
+    end = first + (last - first + ROUND - 1) // ROUND * ROUND
+    m_first = m_tile * BM
+    DOWN: gl.constexpr = C if TURNED else WG
+    ACROSS: gl.constexpr = WG if TURNED else C
+    shared = ()
+    words = ()
+    scales = ()
+    full = ()
+    for _ in gl.static_range(STAGES):
+        shared = shared + (gl.allocate_shared_memory(TYPE, [BM, C * 64], x_desc.layout),)
+        words = words + (gl.allocate_shared_memory(gl.int32, [DOWN, ACROSS * 2, 256], words_desc.layout),)
+        scales = scales + (gl.allocate_shared_memory(gl.int32, [DOWN, ACROSS, 1024 // BLOCK], scales_desc.layout),)
+        full = full + (
+            (
+                gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
+                gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
+                gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
+            ),
+        )
+    for i in gl.static_range(STAGES):
+        for j in gl.static_range(3):
+            mbarrier.init(full[i][j], count=1)
+    for i in gl.static_range(STAGES):
+        expect(full[i], words[i], scales[i], shared[i], True)
+    barrier()
+    # Beyond a slice's end is beyond the weight's, so that zeros come.
+    for i in gl.static_range(STAGES - 1):
+        chunk = gl.where(first + i * C < last, first + i * C, 1 << 20)
+        bring_weights(words_desc, scales_desc, tile, chunk, full[i], words[i], scales[i], WG, TURNED, True)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for i in gl.static_range(STAGES - 1):
+        chunk = gl.where(first + i * C < last, first + i * C, 1 << 20)
+        tma_load(x_desc, [m_first, chunk * 64], full[i][2], shared[i])
+    alpha = gl.load(alpha_ptr)
+    bias = bias_of_tile(bias_ptr, tile, N, HAS_BIAS, ACTIVATION, WG * 64, mma)
+    acc = gl.zeros([WG * 64, BM], gl.float32, mma)
+    wait(full[0], 0, True)
+    a = weights_of_chunk(words[0], scales[0], 0, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
+    a_before = a
+    for base in range(first, end, ROUND):
+        phase = (base - first) // ROUND & 1
+        for s in gl.static_range(STAGES):
+            for c in gl.static_range(C):
+                x = shared[s].slice(c * 64, 64, dim=1).permute((1, 0))
+                acc = warpgroup_mma(a, x, acc, is_async=True)
+                acc, a_before = warpgroup_mma_wait(1, deps=[acc, a_before])
+                if c == 0:
+                    # Every warpgroup is past the step before this one, so its place is free.
+                    barrier()
+                    chunk = base + (s + STAGES - 1) * C
+                    pred = chunk < end
+                    chunk = gl.where(chunk < last, chunk, 1 << 20)
+                    bring_weights(
+                        words_desc, scales_desc, tile, chunk, full[(s + STAGES - 1) % STAGES],
+                        words[(s + STAGES - 1) % STAGES], scales[(s + STAGES - 1) % STAGES], WG, TURNED, pred,
+                    )  # fmt: skip
+                    tma_load(
+                        x_desc, [m_first, chunk * 64], full[(s + STAGES - 1) % STAGES][2], shared[(s + STAGES - 1) % STAGES],
+                        pred=pred,
+                    )  # fmt: skip
+                    # For its next turn; every warp has waited for this one.
+                    expect(full[s], words[s], scales[s], shared[s], base + (s + STAGES) * C < end)
+                a_before = a
+                if c + 1 < C:
+                    a = weights_of_chunk(
+                        words[s], scales[s], c + 1, BLOCK, FP16, TURNED, words_layout, scales_layout, mma
+                    )
+                else:
+                    wait(full[(s + 1) % STAGES], phase ^ ((s + 1) // STAGES), base + (s + 1) * C < end)
+                    a = weights_of_chunk(
+                        words[(s + 1) % STAGES], scales[(s + 1) % STAGES], 0, BLOCK, FP16, TURNED, words_layout,
+                        scales_layout, mma,
+                    )  # fmt: skip
+    acc, a_before = warpgroup_mma_wait(0, deps=[acc, a_before])
+    finish_split(
+        acc, tile, tile * gl.num_programs(0) + m_tile, split, m_first, out_ptr, bias, partial_ptr, counter_ptr,
+        alpha, M, N, SPLIT, HAS_BIAS, ACTIVATION, WG * 64, BM, out_layout,
+    )  # fmt: skip
+
+
+KERNELS = {"as it is": kernel_tile.tile_kernel, "unrolled": tile_kernel}
+
+
+def take(kernel):
+    """Let launches be of this kernel from here on."""
+    kernel_tile.tile_kernel = KERNELS[kernel]
+    compiled._known.clear()
+
+
+def jobs(options):
+    """Shape, rows of x, launch and kernel of all that is tried."""
+    for shape, m in itertools.product(options.shapes, options.ms):
+        bucket = next((each for each in SETTINGS if m <= each), max(SETTINGS))
+        settings = [Tile(*each) for each in SETTINGS[bucket]]
+        n, k = map(int, shape.split("x"))
+        shipped = launch.shipped(launch.bucket_of(min(m, launch.MOST_ROWS)), n, k, torch.device("cuda", 0)).setting
+        if isinstance(shipped, Tile) and not options.gradient:
+            settings.insert(0, shipped)
+        for setting, kernel in itertools.product(dict.fromkeys(settings), KERNELS):
+            yield (n, k, m), setting, kernel
+
+
+def warm(options):
+    """Compile a share of the launches by doing each once."""
+    part, parts = options.warm
+    held = {}
+    for (n, k, m), setting, kernel in list(jobs(options))[part::parts]:
+        if (n, k) not in held:
+            held[n, k] = shuffle(random_packed(n, k, options.format), torch.bfloat16)
+        x = torch.randn(m, n if options.gradient else k, device="cuda", dtype=torch.bfloat16)
+        take(kernel)
+        try:
+            launch.run(x, held[n, k], None, None, setting, turned=options.gradient)
+            torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001 - a launch that does not fit the machine
+            print(n, k, m, setting, kernel, type(error).__name__, str(error)[:100], flush=True)
+
+
+def measure(cell, tries, options):
+    """Rows of one shape and number of rows."""
+    (n, k, m), turned = cell, options.gradient
+    packed = random_packed(n, k, options.format)
+    first = shuffle(packed, torch.bfloat16)
+    copies = max(1, min(12, ROTATING_BYTES // (first.words.nbytes + first.scales.nbytes)))
+    orders = [
+        first,
+        *(first._replace(words=first.words.clone(), scales=first.scales.clone()) for _ in range(copies)),
+    ]
+    w = naive.dequantize(packed, torch.bfloat16)
+    dense = [w, *(w.clone() for _ in range(max(1, ROTATING_BYTES // w.nbytes)))]
+    x = torch.randn(m, n if turned else k, device="cuda", dtype=torch.bfloat16)
+    exact = naive.dequantize(packed, torch.float32)
+    expected = x.float() @ (exact if turned else exact.T)
+    product = torch.mm if turned else torch.nn.functional.linear
+    ready, rows = {"bf16": Replay([partial(_swap, product, each) for each in dense], x)}, []
+    for setting, kernel in tries:
+        take(kernel)
+        row = {"N": n, "K": k, "M": m, "gradient": turned, "kernel": kernel, **setting._asdict()}
+        rows.append(row)
+        calls = [partial(_launch, setting, turned, order) for order in orders]
+        try:
+            row["error"] = float((calls[0](x).float() - expected).norm() / expected.norm())
+            if row["error"] < LARGEST_ERROR:
+                ready[setting, kernel] = Replay(calls, x)
+        except Exception as error:  # noqa: BLE001 - a launch that does not fit the machine
+            row["why"] = f"{type(error).__name__}: {str(error)[:80]}"
+    times = {name: [] for name in ready}
+    for _ in range(ROUNDS):
+        for name, each in ready.items():
+            times[name].append(each.seconds())
+    base = statistics.median(times["bf16"])
+    for row, (setting, kernel) in zip(rows, tries, strict=True):
+        if (setting, kernel) in times:
+            row["us"] = 1e6 * statistics.median(times[setting, kernel])
+            row["speed"] = 1e6 * base / row["us"]
+    for kernel in KERNELS:
+        best = sorted((row for row in rows if row["kernel"] == kernel and "us" in row), key=lambda row: row["us"])[:3]
+        shown = "; ".join(
+            f"{'-'.join(str(row[name]) for name in Tile._fields)} {row['us']:.2f} us {row['speed']:.2f}x"
+            for row in best
+        )
+        wrong = [row for row in rows if row["kernel"] == kernel and not row.get("error", 1) < LARGEST_ERROR]
+        print(f"{n}x{k} M={m} {'dX ' if turned else ''}{kernel}: {shown}; {len(wrong)} wrong or failed", flush=True)
+    return rows
+
+
+def _swap(product, weight, x):
+    return product(x, weight)
+
+
+def _launch(setting, turned, order, x):
+    return launch.run(x, order, None, None, setting, turned=turned)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=SHAPES)
+    parser.add_argument("--ms", nargs="*", type=int, default=[1, 16, 64, 256, 1024])
+    parser.add_argument("--format", default="nvfp4")
+    parser.add_argument("--gradient", action="store_true", help="dX in place of the product")
+    parser.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results/<device>")
+    parser.add_argument("--warm", nargs=2, type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.warm:
+        warm(options)
+        return
+    parts = min(15, os.cpu_count() or 1)
+    workers = [
+        subprocess.Popen([sys.executable, *sys.argv, "--warm", str(part), str(parts)])  # noqa: S603
+        for part in range(parts)
+    ]
+    for worker in workers:
+        worker.wait()
+    rows = []
+    for cell, tries in itertools.groupby(jobs(options), key=lambda job: job[0]):
+        rows += measure(cell, [(setting, kernel) for _, setting, kernel in tries], options)
+    print(record.write("fp4_unrolled_gradient" if options.gradient else "fp4_unrolled", rows, folder=options.out))
+
+
+if __name__ == "__main__":
+    main()
