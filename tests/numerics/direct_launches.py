@@ -21,7 +21,7 @@ from triton.backends.nvidia import driver as nvidia
 
 from apt_model.core.system import cuda
 from apt_model.ops import fp4
-from apt_model.ops.fp4 import compiled, direct, launch, slab
+from apt_model.ops.fp4 import compiled, direct, launch, plan, slab
 from apt_model.ops.fp4.layout import shuffle
 from apt_model.ops.fp4.tables import Decode, Tile
 
@@ -110,6 +110,7 @@ def stand_in():
     direct.library = lambda: fake
     cuda.current_stream = lambda _: STREAM
     cuda.current_index = lambda: -1
+    plan.take = lambda count, held, _: held[:count]
     launch.facts = lambda _: ((9, 0), 132)
     cuda.CudaDevice.compute_capability = lambda _: (9, 0)
     torch.Tensor.is_cuda = torch.Tensor.is_cpu
@@ -162,6 +163,12 @@ def cases():
                 x, order, bias, activation, setting
             ),
         )
+        if isinstance(setting, Tile) and activation is None:
+            upstream = torch.randn(m, rows).to(dtype)
+            yield (
+                f"{setting} turned",
+                lambda x=upstream, order=order, setting=setting: launch.run(x, order, None, None, setting, turned=True),
+            )
     for weight, part, row, column in unpackings():
         name = f"{type(weight).__name__} {weight.format.name} to {part.dtype}"
         yield (

@@ -236,8 +236,21 @@ def linear_gradient(upstream: Tensor, weight: Operand) -> Tensor:
     return _input_gradient(upstream, weight)
 
 
-@torch.library.custom_op("apt::fp4_linear", mutates_args=())
-def _operator(  # noqa: PLR0917 - an operator's operands have places
+# Operators for torch.compile. `torch.library.custom_op` would make the same, and look at every call for results that
+# share memory with operands, which takes longer than a launch.
+_LIBRARY = torch.library.Library("apt", "FRAGMENT")
+
+
+def _operator_of(name: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+    """`torch.ops.apt.<name>`, which `function` computes on all devices and `fake` for torch.compile."""
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"apt::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.apt, name).default
+
+
+def _compute(  # noqa: PLR0917 - an operator's operands have places
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -253,15 +266,13 @@ def _operator(  # noqa: PLR0917 - an operator's operands have places
     return _forward(x, weight, bias, activation, activation_dtype)
 
 
-@_operator.register_fake
-def _(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
+def _like_result(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
     facts, activation = others[4], others[-2]
     rows = codes.shape[0] if len(facts) == 1 else facts[0]
     return x.new_empty((*x.shape[:-1], rows // 2 if activation == "swiglu" else rows))
 
 
-@torch.library.custom_op("apt::fp4_linear_gradient", mutates_args=())
-def _gradient_operator(  # noqa: PLR0917 - an operator's operands have places
+def _compute_gradient(  # noqa: PLR0917 - an operator's operands have places
     upstream: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -273,8 +284,7 @@ def _gradient_operator(  # noqa: PLR0917 - an operator's operands have places
     return _input_gradient(upstream, _whole(codes, scale, global_scale, alpha, counters, facts))
 
 
-@_gradient_operator.register_fake
-def _(upstream: Tensor, *weight: Any) -> Tensor:
+def _like_gradient(upstream: Tensor, *weight: Any) -> Tensor:
     facts = weight[-1]
     return upstream.new_empty((*upstream.shape[:-1], facts[min(1, len(facts) - 1)]))
 
@@ -291,4 +301,6 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, *(None,) * 6, _bias_gradient(upstream, bias) if wants_bias else None, None, None
 
 
-_operator.register_autograd(_backward, setup_context=_save)
+_operator = _operator_of("fp4_linear", _compute, _like_result)
+_gradient_operator = _operator_of("fp4_linear_gradient", _compute_gradient, _like_gradient)
+torch.library.register_autograd("apt::fp4_linear", _backward, setup_context=_save, lib=_LIBRARY)
