@@ -15,7 +15,7 @@ from fake_cuda import FakeCuda, map_of
 from apt_model.core.system import cuda
 from apt_model.core.system.cuda_driver import MAP, Function, KernelLaunch, Parameter, TensorMap
 from apt_model.ops import fp4
-from apt_model.ops.fp4 import compiled, counters, launch, naive, plan
+from apt_model.ops.fp4 import compiled, counters, launch, naive, plan, slab
 from apt_model.ops.fp4.layout import shuffle, unshuffle
 from apt_model.ops.fp4.tables import Decode
 
@@ -493,6 +493,62 @@ def test_faults_are_found_before_and_after(gpu):
             fp4.linear(torch.randn(4, 32).bfloat16(), weight)
         with pytest.raises(Exception, match="activation: expected one of"):
             fp4.linear(x, weight, None, "tanh")
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64)])
+def test_a_weight_that_is_one_slab_is_recognised(gpu, monkeypatch, shape, has_bias, activation):
+    monkeypatch.setattr(launch, "choose", lambda *_: gpu.append(1))  # None: a slab
+    unpacked = []
+
+    class Unpacking:
+        index = -1
+
+        def __init__(self, _, pairs, row, column):
+            assert (pairs.shape, pairs.dtype, row, column) == ((64, 32), torch.int32, 0, 0)
+
+        def __call__(self, tensors):
+            words, scales, alpha, pairs = tensors
+            unpacked.append(words)
+            order = held[words.data_ptr()]
+            assert scales is order.scales
+            assert alpha is order.alpha
+            pairs.view(torch.bfloat16).copy_(naive.dequantize(unshuffle(order), torch.bfloat16))
+
+    monkeypatch.setattr(slab, "_in_pairs", Unpacking)
+    bias = torch.randn(64).bfloat16() if has_bias else None
+    one, other = ready(), ready()
+    held = {order.words.data_ptr(): order for order in (one, other)}
+    for order in (one, one, other):
+        x = torch.randn(shape).bfloat16()
+        got = fp4.linear(x, order, bias, activation)
+        assert (got.shape, got.dtype) == ((*shape[:-1], 64), torch.bfloat16)
+        expected = naive.linear(x.double(), unshuffle(order), None if bias is None else bias.double(), activation)
+        assert (got.double() - expected).norm() < 6e-3 * expected.norm()
+    assert [words is order.words for words, order in zip(unpacked, (one, one, other), strict=True)] == [True] * 3
+    assert len(gpu) == 1
+
+
+@pytest.mark.parametrize("why", ["scale", "order", "bias", "width", "size", "turns"])
+def test_other_weights_come_in_slabs(driver, monkeypatch, why):
+    monkeypatch.setattr(launch, "facts", lambda _: ((9, 0), 132))
+    monkeypatch.setattr(slab, "_in_pairs", lambda *_: "unpacked at once")
+    x, weight, bias = torch.randn(4, 64).bfloat16(), ready(), torch.randn(64).bfloat16()
+    assert slab.whole(x, weight, bias, None).launch == "unpacked at once"
+    if why == "scale":
+        weight = weight._replace(exact=False)
+    if why == "order":
+        x = x.half()
+    if why == "bias":
+        bias = bias.float()
+    if why == "width":
+        weight, x = ready(width=63), x[:, :63]
+    if why == "size":
+        monkeypatch.setattr(slab, "SLAB_BYTES", 64 * 64 * 2 - 1)
+    if why == "turns":
+        weight = ready(activation="swiglu")
+    assert slab.whole(x, weight, bias, None) is None
 
 
 def test_gradients_flow_from_what_is_alike(gpu):
