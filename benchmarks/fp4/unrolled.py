@@ -5,7 +5,8 @@
 A stage that is picked by a number is, to the compiler, all of its allocation: it has all warps of a program wait for each
 other before and after each bulk copy, five to six times a step. Here each stage is an allocation of its own, and the loop
 goes over all stages at once: one wait a step, the one that is needed. Slices of the inputs become whole rounds: what is
-beyond their end comes as zeros, which costs no memory but a product.
+beyond their end comes as zeros, which costs no memory but a product. For the gradient codes are read by `ldmatrix`, with no
+two lanes at one bank, where the kernel as it is has four; the result's rows are put in order at the end.
 
 Every result is compared with the definition before it is timed; arms take turns. Not part of the package: what it gains
 is to be seen here first (docs/decisions/0010).
@@ -29,10 +30,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from apt_model.ops.fp4 import compiled, kernel_tile, launch, naive
+from apt_model.ops.fp4 import compiled, kernel_tile, launch, naive, plan
 from apt_model.ops.fp4.kernel_decode import bias_of_tile, finish_split, layout
 from apt_model.ops.fp4.kernel_names import barrier, tma_load
-from apt_model.ops.fp4.kernel_tile import in_memory, place, weights_of_chunk
+from apt_model.ops.fp4.kernel_tile import (
+    DECODE_BF16_TURNED,
+    DECODE_FP16_TURNED,
+    SPREAD_BF16_TURNED,
+    SPREAD_SHIFTED_TURNED,
+    along,
+    in_memory,
+    place,
+    weights_of_chunk,
+)
 from apt_model.ops.fp4.layout import shuffle
 from apt_model.ops.fp4.tables import Tile
 from benchmarks import record
@@ -53,7 +63,7 @@ LARGEST_ERROR, ROUNDS = 5e-3, 7
 @gluon.jit
 def expect(full, words, scales, shared, pred):
     """Tell a stage's three barriers how many bytes will come: codes, scales and x."""
-    mbarrier.expect(full[0], words.shape[0] * words.shape[1] * 1024, pred=pred)
+    mbarrier.expect(full[0], words.shape[0] * words.shape[1] * words.shape[2] * 4, pred=pred)
     mbarrier.expect(full[1], scales.shape[0] * scales.shape[1] * scales.shape[2] * 4, pred=pred)
     mbarrier.expect(full[2], shared.shape[0] * shared.shape[1] * 2, pred=pred)
 
@@ -72,11 +82,89 @@ def bring_weights(
 ):
     """Start to bring a step's codes and scales to their places."""
     if TURNED:
-        tma_load(words_desc, [chunk, tile * WG * 2, 0], full[0], words, pred=pred)
+        tma_load(words_desc, [chunk, tile * WG * 16, 0], full[0], words, pred=pred)
         tma_load(scales_desc, [chunk, tile * WG, 0], full[1], scales, pred=pred)
     else:
         tma_load(words_desc, [tile * WG, chunk * 2, 0], full[0], words, pred=pred)
         tma_load(scales_desc, [tile * WG, chunk, 0], full[1], scales, pred=pred)
+
+
+@gluon.constexpr_function
+def in_order(name, wg, block):
+    """Who reads what of the codes [1, wg * 16, 32] of wg chunks of a tile, or of their scales [1, wg, 64 or 32].
+
+    A warp takes the words of one t of all four j: lane 4 g + j has that of row g. With rows of 128 bytes, whose pieces of
+    16 are turned (the swizzle), this is `ldmatrix`, and no two lanes want one bank.
+    """
+    over, places = [1 << i for i in range(wg.bit_length() - 1)], 32 // block
+    if name == "words":
+        return gl.DistributedLinearLayout(
+            [[0, 4, 0], [0, 8, 0]],
+            [[0, 0, 1], [0, 0, 2], [0, 0, 16], [0, 1, 0], [0, 2, 0]],
+            [[0, 0, 4], [0, 0, 8], *([0, 16 * each, 0] for each in over)],
+            [],
+            [1, wg * 16, 32],
+        )
+    return gl.DistributedLinearLayout(
+        [[0, 0, 8 * places], [0, 0, 16 * places]],
+        [[0, 0, 0], [0, 0, places // 2], *([0, 0, places << i] for i in range(3))],
+        [[0, 0, 0], [0, 0, 0], *([0, each, 0] for each in over)],
+        [],
+        [1, wg, 32 * places],
+    )
+
+
+@gluon.jit
+def turned_fragments(words, scales, P: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr, mma: gl.constexpr):
+    """As `kernel_tile.turned_fragments`, of words read in that order; row 16 t + 8 h + 2 j + i is input 16 j + 8 h + 2 t + i."""
+    q = words.reshape([P, 4, 8, 4, 2, 2])  # P w g t and both bits of j
+    at: gl.constexpr = q.type.layout
+    if BLOCK == 16:
+        WHICH: gl.constexpr = 5
+        s = scales.reshape([P, 4, 8, 2])
+        s = gl.convert_layout(s, gl.SliceLayout(3, gl.SliceLayout(5, at)), assert_trivial=True).expand_dims(3)
+    else:
+        WHICH: gl.constexpr = 4
+        s = scales.reshape([P, 4, 8])
+        s = gl.convert_layout(s, gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, at))), assert_trivial=True)
+        s = s.expand_dims(3).expand_dims(4)
+    s, q = gl.broadcast(s.expand_dims(5), q)
+    by, q = gl.broadcast(along(WHICH, at) * 8, q)
+    SPREAD: gl.constexpr = SPREAD_BF16_TURNED if BLOCK == 16 and not FP16 else SPREAD_SHIFTED_TURNED
+    s = gl.inline_asm_elementwise(SPREAD, "=r,r,r", [s, by], dtype=gl.int32, is_pure=True, pack=1)
+    if FP16:
+        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
+            DECODE_FP16_TURNED, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
+            DECODE_BF16_TURNED, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
+            dtype=(
+                gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16
+            ),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    w00, w01, w10, w11 = gl.join(w000, w001), gl.join(w010, w011), gl.join(w100, w101), gl.join(w110, w111)
+    w = gl.join(gl.join(w00, w01), gl.join(w10, w11))  # P w g t j j i r h
+    w = w.permute([0, 3, 8, 2, 1, 7, 4, 5, 6]).reshape([P * 64, 64])  # P t h g, w r j j i
+    return gl.convert_layout(w, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def chunk_of(
+    words, scales, c: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr, TURNED: gl.constexpr,
+    words_layout: gl.constexpr, scales_layout: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """As `kernel_tile.weights_of_chunk`."""
+    if TURNED:
+        q = words.slice(c, 1, dim=0).load(words_layout)
+        s = scales.slice(c, 1, dim=0).load(scales_layout)
+        w = turned_fragments(q, s, scales.shape[1], BLOCK, FP16, mma)
+    else:
+        w = weights_of_chunk(words, scales, c, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
+    return w
 
 
 @gluon.jit(do_not_specialize=["M", "chunks", "steps_per_split"])
@@ -88,8 +176,8 @@ def tile_kernel(
 ):  # fmt: skip
     """As `kernel_tile.tile_kernel`."""
     TYPE: gl.constexpr = gl.float16 if FP16 else gl.bfloat16
-    words_layout: gl.constexpr = in_memory("words", WG, BLOCK, TURNED)
-    scales_layout: gl.constexpr = in_memory("scales", WG, BLOCK, TURNED)
+    words_layout: gl.constexpr = in_order("words", WG, BLOCK) if TURNED else in_memory("words", WG, BLOCK, TURNED)
+    scales_layout: gl.constexpr = in_order("scales", WG, BLOCK) if TURNED else in_memory("scales", WG, BLOCK, TURNED)
     out_layout: gl.constexpr = layout("out", WG, BM, BLOCK, ACTIVATION, 3)
     mma: gl.constexpr = layout("mma", WG, BM, BLOCK, ACTIVATION, 3)
     m_tile, tile = place(gl.program_id(0), gl.program_id(1), gl.num_programs(0), gl.num_programs(1), GROUP)
@@ -107,7 +195,11 @@ def tile_kernel(
     full = ()
     for _ in gl.static_range(STAGES):
         shared = shared + (gl.allocate_shared_memory(TYPE, [BM, C * 64], x_desc.layout),)
-        words = words + (gl.allocate_shared_memory(gl.int32, [DOWN, ACROSS * 2, 256], words_desc.layout),)
+        words = words + (
+            gl.allocate_shared_memory(
+                gl.int32, [DOWN, ACROSS * (16 if TURNED else 2), 32 if TURNED else 256], words_desc.layout
+            ),
+        )
         scales = scales + (gl.allocate_shared_memory(gl.int32, [DOWN, ACROSS, 1024 // BLOCK], scales_desc.layout),)
         full = full + (
             (
@@ -136,7 +228,7 @@ def tile_kernel(
     bias = bias_of_tile(bias_ptr, tile, N, HAS_BIAS, ACTIVATION, WG * 64, mma)
     acc = gl.zeros([WG * 64, BM], gl.float32, mma)
     wait(full[0], 0, True)
-    a = weights_of_chunk(words[0], scales[0], 0, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
+    a = chunk_of(words[0], scales[0], 0, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
     a_before = a
     for base in range(first, end, ROUND):
         phase = (base - first) // ROUND & 1
@@ -163,16 +255,16 @@ def tile_kernel(
                     expect(full[s], words[s], scales[s], shared[s], base + (s + STAGES) * C < end)
                 a_before = a
                 if c + 1 < C:
-                    a = weights_of_chunk(
-                        words[s], scales[s], c + 1, BLOCK, FP16, TURNED, words_layout, scales_layout, mma
-                    )
+                    a = chunk_of(words[s], scales[s], c + 1, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
                 else:
                     wait(full[(s + 1) % STAGES], phase ^ ((s + 1) // STAGES), base + (s + 1) * C < end)
-                    a = weights_of_chunk(
+                    a = chunk_of(
                         words[(s + 1) % STAGES], scales[(s + 1) % STAGES], 0, BLOCK, FP16, TURNED, words_layout,
                         scales_layout, mma,
                     )  # fmt: skip
     acc, a_before = warpgroup_mma_wait(0, deps=[acc, a_before])
+    if TURNED:
+        acc = acc.reshape([WG, 4, 2, 4, 2, BM]).permute([0, 3, 2, 1, 4, 5]).reshape([WG * 64, BM])  # P j h t i
     finish_split(
         acc, tile, tile * gl.num_programs(0) + m_tile, split, m_first, out_ptr, bias, partial_ptr, counter_ptr,
         alpha, M, N, SPLIT, HAS_BIAS, ACTIVATION, WG * 64, BM, out_layout,
@@ -180,11 +272,33 @@ def tile_kernel(
 
 
 KERNELS = {"as it is": kernel_tile.tile_kernel, "unrolled": tile_kernel}
+BOXES, MAKE = plan.boxes, plan.make
+
+
+def boxes(setting, block, turned):
+    """As `plan.boxes`, with the codes of a weight that is turned in rows of 128 bytes."""
+    found = BOXES(setting, block, turned)
+    if turned:
+        found = (found[0], ([setting.c, setting.wg * 16, 32], gl.NVMMASharedLayout(128, 32, 3)), found[2])
+    return found
+
+
+def make(x, weight, *others, turned=False, **options):
+    """As `plan.make`, likewise."""
+    made = MAKE(x, weight, *others, turned=turned, **options)
+    if turned and made.launch is not None:
+        of, (tiles, groups) = made.launch, weight.words.shape[:2]
+        codes = (tiles, groups * 64, 32)
+        views = (of.views[0], (codes, plan.contiguous(codes)), of.views[2])
+        made = made._replace(launch=compiled.Launch(of.kernel, of.index, of.grid, of.numbers, views))
+    return made
 
 
 def take(kernel):
     """Let launches be of this kernel from here on."""
     kernel_tile.tile_kernel = KERNELS[kernel]
+    trial = kernel == "unrolled"
+    plan.boxes, launch.make = (boxes, make) if trial else (BOXES, MAKE)
     compiled._known.clear()
 
 
