@@ -4,15 +4,16 @@
 
 A stage that is picked by a number is, to the compiler, all of its allocation: it has all warps of a program wait for each
 other before and after each bulk copy, five to six times a step. Here each stage is an allocation of its own, and the loop
-goes over all stages at once: one wait a step, the one that is needed. Slices of the inputs become whole rounds: what is
-beyond their end comes as zeros, which costs no memory but a product. For the gradient codes are read by `ldmatrix`, with no
-two lanes at one bank, where the kernel as it is has four; the result's rows are put in order at the end.
+goes over all stages at once: one wait a step, the one that is needed. Codes are read a product before they are decoded.
+Slices of the inputs become whole rounds: what is beyond their end comes as zeros, which costs no memory but a product.
+For the gradient codes are read by `ldmatrix`, with no two lanes at one bank, where the kernel as it is has four; the
+result's rows are put in order at the end.
 
 Every result is compared with the definition before it is timed; arms take turns. Not part of the package: what it gains
 is to be seen here first (docs/decisions/0010).
 """
 
-# ruff: noqa: RUF005 - Triton does not unpack in a tuple
+# ruff: noqa: RUF005, SIM108 - Triton neither unpacks in a tuple nor leaves out half of an expression
 import argparse
 import itertools
 import os
@@ -31,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from apt_model.ops.fp4 import compiled, kernel_tile, launch, naive, plan
-from apt_model.ops.fp4.kernel_decode import bias_of_tile, finish_split, layout
+from apt_model.ops.fp4.kernel_decode import bias_of_tile, finish_split, fragments, layout
 from apt_model.ops.fp4.kernel_names import barrier, tma_load
 from apt_model.ops.fp4.kernel_tile import (
     DECODE_BF16_TURNED,
@@ -41,7 +42,6 @@ from apt_model.ops.fp4.kernel_tile import (
     along,
     in_memory,
     place,
-    weights_of_chunk,
 )
 from apt_model.ops.fp4.layout import shuffle
 from apt_model.ops.fp4.tables import Tile
@@ -153,17 +153,29 @@ def turned_fragments(words, scales, P: gl.constexpr, BLOCK: gl.constexpr, FP16: 
 
 
 @gluon.jit
-def chunk_of(
-    words, scales, c: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr, TURNED: gl.constexpr,
-    words_layout: gl.constexpr, scales_layout: gl.constexpr, mma: gl.constexpr,
+def read(
+    words, scales, c: gl.constexpr, WG: gl.constexpr, BLOCK: gl.constexpr, TURNED: gl.constexpr,
+    words_layout: gl.constexpr, scales_layout: gl.constexpr,
 ):  # fmt: skip
-    """As `kernel_tile.weights_of_chunk`."""
+    """The c-th chunk of a step's, as it is in memory."""
     if TURNED:
         q = words.slice(c, 1, dim=0).load(words_layout)
         s = scales.slice(c, 1, dim=0).load(scales_layout)
-        w = turned_fragments(q, s, scales.shape[1], BLOCK, FP16, mma)
     else:
-        w = weights_of_chunk(words, scales, c, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
+        q = words.slice(c * 2, 2, dim=1).load(words_layout).reshape([WG, 512])
+        s = scales.slice(c, 1, dim=1).load(scales_layout).reshape([WG, 1024 // BLOCK])
+    return q, s
+
+
+@gluon.jit
+def decoded(
+    q, s, WG: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr, TURNED: gl.constexpr, mma: gl.constexpr
+):  # fmt: skip
+    """A chunk as the first operand, [WG * 64, 64]."""
+    if TURNED:
+        w = turned_fragments(q, s, WG, BLOCK, FP16, mma)
+    else:
+        w = fragments(q, s, WG, BLOCK, FP16, mma)
     return w
 
 
@@ -228,40 +240,49 @@ def tile_kernel(
     bias = bias_of_tile(bias_ptr, tile, N, HAS_BIAS, ACTIVATION, WG * 64, mma)
     acc = gl.zeros([WG * 64, BM], gl.float32, mma)
     wait(full[0], 0, True)
-    a = chunk_of(words[0], scales[0], 0, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
+    q, s = read(words[0], scales[0], 0, WG, BLOCK, TURNED, words_layout, scales_layout)
+    a = decoded(q, s, WG, BLOCK, FP16, TURNED, mma)
     a_before = a
+    # What is decoded next has been read a product before: reading takes as long as half of the decoding.
+    if C == 1:
+        wait(full[1], 0, first + C < end)
+    q, s = read(words[1 // C], scales[1 // C], 1 % C, WG, BLOCK, TURNED, words_layout, scales_layout)
     for base in range(first, end, ROUND):
         phase = (base - first) // ROUND & 1
-        for s in gl.static_range(STAGES):
+        for i in gl.static_range(STAGES):
             for c in gl.static_range(C):
-                x = shared[s].slice(c * 64, 64, dim=1).permute((1, 0))
+                x = shared[i].slice(c * 64, 64, dim=1).permute((1, 0))
                 acc = warpgroup_mma(a, x, acc, is_async=True)
                 acc, a_before = warpgroup_mma_wait(1, deps=[acc, a_before])
                 if c == 0:
                     # Every warpgroup is past the step before this one, so its place is free.
                     barrier()
-                    chunk = base + (s + STAGES - 1) * C
+                    chunk = base + (i + STAGES - 1) * C
                     pred = chunk < end
                     chunk = gl.where(chunk < last, chunk, 1 << 20)
                     bring_weights(
-                        words_desc, scales_desc, tile, chunk, full[(s + STAGES - 1) % STAGES],
-                        words[(s + STAGES - 1) % STAGES], scales[(s + STAGES - 1) % STAGES], WG, TURNED, pred,
+                        words_desc, scales_desc, tile, chunk, full[(i + STAGES - 1) % STAGES],
+                        words[(i + STAGES - 1) % STAGES], scales[(i + STAGES - 1) % STAGES], WG, TURNED, pred,
                     )  # fmt: skip
                     tma_load(
-                        x_desc, [m_first, chunk * 64], full[(s + STAGES - 1) % STAGES][2], shared[(s + STAGES - 1) % STAGES],
-                        pred=pred,
+                        x_desc, [m_first, chunk * 64], full[(i + STAGES - 1) % STAGES][2],
+                        shared[(i + STAGES - 1) % STAGES], pred=pred,
                     )  # fmt: skip
                     # For its next turn; every warp has waited for this one.
-                    expect(full[s], words[s], scales[s], shared[s], base + (s + STAGES) * C < end)
-                a_before = a
-                if c + 1 < C:
-                    a = chunk_of(words[s], scales[s], c + 1, BLOCK, FP16, TURNED, words_layout, scales_layout, mma)
-                else:
-                    wait(full[(s + 1) % STAGES], phase ^ ((s + 1) // STAGES), base + (s + 1) * C < end)
-                    a = chunk_of(
-                        words[(s + 1) % STAGES], scales[(s + 1) % STAGES], 0, BLOCK, FP16, TURNED, words_layout,
-                        scales_layout, mma,
+                    expect(full[i], words[i], scales[i], shared[i], base + (i + STAGES) * C < end)
+                if (c + 2) % C == 0:
+                    wait(
+                        full[(i + (c + 2) // C) % STAGES], phase ^ ((i + (c + 2) // C) // STAGES),
+                        base + (i + (c + 2) // C) * C < end,
                     )  # fmt: skip
+                q_next, s_next = read(
+                    words[(i + (c + 2) // C) % STAGES], scales[(i + (c + 2) // C) % STAGES], (c + 2) % C, WG, BLOCK,
+                    TURNED, words_layout, scales_layout,
+                )  # fmt: skip
+                a_before = a
+                a = decoded(q, s, WG, BLOCK, FP16, TURNED, mma)
+                q = q_next
+                s = s_next
     acc, a_before = warpgroup_mma_wait(0, deps=[acc, a_before])
     if TURNED:
         acc = acc.reshape([WG, 4, 2, 4, 2, BM]).permute([0, 3, 2, 1, 4, 5]).reshape([WG * 64, BM])  # P j h t i
