@@ -292,8 +292,8 @@ def measure_size(
     expected, why, ready = {}, {}, {}
     for name, built in builds.items():
         expected[name], why[name] = attempt(exact, built.model, base, ids) if built.model else (None, built.why)
-    # Graphs of torch.compile first: with each it gives back the workspaces of cuBLAS, to which graphs recorded before
-    # would still write.
+    # Graphs of torch.compile first: a graph recorded before them has failed twice when it was replayed
+    # (docs/decisions/0010), perhaps as making them gives back the workspaces of cuBLAS.
     for arm in sorted(arms, key=lambda arm: ARMS[arm][1] not in COMPILED):
         name, mode = ARMS[arm]
         reason = why[name]

@@ -16,9 +16,7 @@ is to be seen here first (docs/decisions/0010).
 # ruff: noqa: RUF005, SIM108 - Triton neither unpacks in a tuple nor leaves out half of an expression
 import argparse
 import itertools
-import os
 import statistics
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -34,20 +32,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from apt_model.ops.fp4 import compiled, kernel_tile, launch, naive, plan
 from apt_model.ops.fp4.kernel_decode import bias_of_tile, finish_split, fragments, layout
 from apt_model.ops.fp4.kernel_names import barrier, tma_load
-from apt_model.ops.fp4.kernel_tile import (
-    DECODE_BF16_TURNED,
-    DECODE_FP16_TURNED,
-    SPREAD_BF16_TURNED,
-    SPREAD_SHIFTED_TURNED,
-    along,
-    in_memory,
-    place,
-)
+from apt_model.ops.fp4.kernel_tile import in_memory, place, turned_weights
 from apt_model.ops.fp4.layout import shuffle
 from apt_model.ops.fp4.tables import Tile
 from benchmarks import record
 from benchmarks.fp4.cells import Replay
-from benchmarks.fp4.tune import ROTATING_BYTES, SHAPES, random_packed
+from benchmarks.fp4.tune import ROTATING_BYTES, SHAPES, random_packed, warm_aside
 
 # For rows of x up to the key; of these the kernel as it is knows the first of its table besides.
 SETTINGS = {
@@ -117,37 +107,7 @@ def in_order(name, wg, block):
 @gluon.jit
 def turned_fragments(words, scales, P: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr, mma: gl.constexpr):
     """As `kernel_tile.turned_fragments`, of words read in that order; row 16 t + 8 h + 2 j + i is input 16 j + 8 h + 2 t + i."""
-    q = words.reshape([P, 4, 8, 4, 2, 2])  # P w g t and both bits of j
-    at: gl.constexpr = q.type.layout
-    if BLOCK == 16:
-        WHICH: gl.constexpr = 5
-        s = scales.reshape([P, 4, 8, 2])
-        s = gl.convert_layout(s, gl.SliceLayout(3, gl.SliceLayout(5, at)), assert_trivial=True).expand_dims(3)
-    else:
-        WHICH: gl.constexpr = 4
-        s = scales.reshape([P, 4, 8])
-        s = gl.convert_layout(s, gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, at))), assert_trivial=True)
-        s = s.expand_dims(3).expand_dims(4)
-    s, q = gl.broadcast(s.expand_dims(5), q)
-    by, q = gl.broadcast(along(WHICH, at) * 8, q)
-    SPREAD: gl.constexpr = SPREAD_BF16_TURNED if BLOCK == 16 and not FP16 else SPREAD_SHIFTED_TURNED
-    s = gl.inline_asm_elementwise(SPREAD, "=r,r,r", [s, by], dtype=gl.int32, is_pure=True, pack=1)
-    if FP16:
-        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
-            DECODE_FP16_TURNED, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
-            DECODE_BF16_TURNED, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
-            dtype=(
-                gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16
-            ),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    w00, w01, w10, w11 = gl.join(w000, w001), gl.join(w010, w011), gl.join(w100, w101), gl.join(w110, w111)
-    w = gl.join(gl.join(w00, w01), gl.join(w10, w11))  # P w g t j j i r h
+    w = turned_weights(words, scales, P, BLOCK, FP16)
     w = w.permute([0, 3, 8, 2, 1, 7, 4, 5, 6]).reshape([P * 64, 64])  # P t h g, w r j j i
     return gl.convert_layout(w, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
 
@@ -368,7 +328,7 @@ def measure(cell, tries, options):
     exact = naive.dequantize(packed, torch.float32)
     expected = x.float() @ (exact if turned else exact.T)
     product = torch.mm if turned else torch.nn.functional.linear
-    ready, rows = {"bf16": Replay([partial(_swap, product, each) for each in dense], x)}, []
+    ready, rows = {"bf16": Replay([partial(_dense, product, each) for each in dense], x)}, []
     for setting, kernel in tries:
         take(kernel)
         row = {"N": n, "K": k, "M": m, "gradient": turned, "kernel": kernel, **setting._asdict()}
@@ -400,7 +360,7 @@ def measure(cell, tries, options):
     return rows
 
 
-def _swap(product, weight, x):
+def _dense(product, weight, x):
     return product(x, weight)
 
 
@@ -420,13 +380,7 @@ def main() -> None:
     if options.warm:
         warm(options)
         return
-    parts = min(15, os.cpu_count() or 1)
-    workers = [
-        subprocess.Popen([sys.executable, *sys.argv, "--warm", str(part), str(parts)])  # noqa: S603
-        for part in range(parts)
-    ]
-    for worker in workers:
-        worker.wait()
+    warm_aside()
     rows = []
     for cell, tries in itertools.groupby(jobs(options), key=lambda job: job[0]):
         rows += measure(cell, [(setting, kernel) for _, setting, kernel in tries], options)

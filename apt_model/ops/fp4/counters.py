@@ -1,9 +1,9 @@
-"""Counters by which the programs of a launch know who is the last of them, and adds up what all have left in memory.
+"""Counters by which the programs of a launch know whose it is to add up what all have left in memory.
 
 They are zeros, which every launch leaves as it found them; two launches that may run at once must not share any. So
 each stream of a device has some of its own, for whatever weight. A recorded CUDA graph has those of its weights
-instead, as two graphs may have been recorded on one stream and run on two: only graphs of one weight are not
-to run at once.
+instead, as two graphs may have been recorded on one stream and run on two: only graphs of one weight are not to run at
+once.
 
 Those of streams are all made together, when a weight is first brought into the kernels' order: never in the middle of a
 launch, which may be one whose memory torch.compile means to take back.

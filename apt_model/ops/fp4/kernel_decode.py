@@ -105,6 +105,28 @@ def expand_scales(packed, BLOCK: gl.constexpr, FP16: gl.constexpr):
 
 
 @gluon.jit
+def weights_of_words(q, s, IN_BF16: gl.constexpr, IN_FP16: gl.constexpr, FP16: gl.constexpr):
+    """Words and their pairs of scales, alike in shape -> weights, with dimensions i, r, h of two more, by this PTX."""
+    # Named by h, r, i.
+    if FP16:
+        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
+            IN_FP16, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
+            IN_BF16, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
+            dtype=(
+                gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16
+            ),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    w00, w01, w10, w11 = gl.join(w000, w001), gl.join(w010, w011), gl.join(w100, w101), gl.join(w110, w111)
+    return gl.join(gl.join(w00, w01), gl.join(w10, w11))
+
+
+@gluon.jit
 def fragments(words, scales, P: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr, mma: gl.constexpr):
     """Words [P, 512] and scale words [P, 64 or 32] of a chunk -> weights [P * 64, 64], a product's first operand."""
     PLACES: gl.constexpr = 32 // BLOCK
@@ -112,23 +134,7 @@ def fragments(words, scales, P: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.cons
     s = expand_scales(scales.reshape([P, 4, 8, PLACES]), BLOCK, FP16)
     s = gl.convert_layout(s, gl.SliceLayout(3, q.type.layout), assert_trivial=True)
     s, q = gl.broadcast(s.expand_dims(3), q)
-    # Named by h, r, i.
-    if FP16:
-        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
-            DECODE_FP16, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
-            DECODE_BF16, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
-            dtype=(
-                gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16
-            ),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    w00, w01, w10, w11 = gl.join(w000, w001), gl.join(w010, w011), gl.join(w100, w101), gl.join(w110, w111)
-    w = gl.join(gl.join(w00, w01), gl.join(w10, w11))  # P w g t j i r h
+    w = weights_of_words(q, s, DECODE_BF16, DECODE_FP16, FP16)  # P w g t j i r h
     w = w.permute([0, 1, 6, 2, 4, 7, 3, 5]).reshape([P * 64, 64])  # P w r g j h t i
     return gl.convert_layout(w, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
 

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from apt_model.ops.fp4.kernel_decode import bias_of_tile, finish_split, fragments, layout
+from apt_model.ops.fp4.kernel_decode import bias_of_tile, finish_split, fragments, layout, weights_of_words
 from apt_model.ops.fp4.kernel_names import barrier, tma_load
 from apt_model.ops.fp4.ptx import decoding_turned
 
@@ -87,6 +87,17 @@ def turned_fragments(words, scales, P: gl.constexpr, BLOCK: gl.constexpr, FP16: 
 
     A warp reads the codes of its own 16 inputs at all outputs, decodes them as `fragments` does, and turns each 8 x 8.
     """
+    w = turned_weights(words, scales, P, BLOCK, FP16)
+    w = w.permute([0, 4, 5, 8, 2, 1, 7, 3, 6]).reshape([P * 64, 64])  # P j j h g, w r t i
+    return gl.convert_layout(w, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def turned_weights(words, scales, P: gl.constexpr, BLOCK: gl.constexpr, FP16: gl.constexpr):
+    """Words and scale words of P chunks -> weights, each 8 x 8 turned: [P, w, g, t, j, j, i, r, h], both bits of j.
+
+    Named as rows and inputs were before they changed places.
+    """
     q = words.reshape([P, 4, 8, 4, 2, 2])  # P w g t and both bits of j
     at: gl.constexpr = q.type.layout
     if BLOCK == 16:
@@ -102,25 +113,7 @@ def turned_fragments(words, scales, P: gl.constexpr, BLOCK: gl.constexpr, FP16: 
     by, q = gl.broadcast(along(WHICH, at) * 8, q)
     SPREAD: gl.constexpr = SPREAD_BF16_TURNED if BLOCK == 16 and not FP16 else SPREAD_SHIFTED_TURNED
     s = gl.inline_asm_elementwise(SPREAD, "=r,r,r", [s, by], dtype=gl.int32, is_pure=True, pack=1)
-    # Named by h, r, i, as rows and inputs were before they changed places.
-    if FP16:
-        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
-            DECODE_FP16_TURNED, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        w000, w001, w010, w011, w100, w101, w110, w111 = gl.inline_asm_elementwise(
-            DECODE_BF16_TURNED, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [q, s],
-            dtype=(
-                gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16
-            ),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-    w00, w01, w10, w11 = gl.join(w000, w001), gl.join(w010, w011), gl.join(w100, w101), gl.join(w110, w111)
-    w = gl.join(gl.join(w00, w01), gl.join(w10, w11))  # P w g t j j i r h
-    w = w.permute([0, 4, 5, 8, 2, 1, 7, 3, 6]).reshape([P * 64, 64])  # P j j h g, w r t i
-    return gl.convert_layout(w, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+    return weights_of_words(q, s, DECODE_BF16_TURNED, DECODE_FP16_TURNED, FP16)
 
 
 @gluon.jit

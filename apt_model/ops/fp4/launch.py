@@ -42,8 +42,8 @@ def choose(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> De
 def choice(rows: int, weight: PackedWeight | Shuffled, dtype: torch.dtype) -> Choice:
     """`choose`, and why: what was measured on this machine comes before what is shipped."""
     if rows > MOST_ROWS:
-        served = serves(weight.format, weight.device, dtype) and is_hopper(weight.device)
-        return Choice(_MOST if served and weight.in_features >= LONG else None, BY_RULE)
+        long = weight.in_features >= LONG and _takes_tiles(weight, dtype)
+        return Choice(_MOST if long else None, BY_RULE)
     return _choice(rows, *weight.shape, weight.format, weight.device, dtype)
 
 
@@ -97,6 +97,11 @@ def serves(form: Format, device: torch.device, dtype: torch.dtype) -> bool:
     return half and facts(device.index)[0] >= _AMPERE
 
 
+def _takes_tiles(weight: PackedWeight | Shuffled, dtype: torch.dtype) -> bool:
+    """Whether `kernel_tile` multiplies this weight, where it is, and x in `dtype`."""
+    return is_hopper(weight.device) and serves(weight.format, weight.device, dtype)
+
+
 @functools.cache
 def facts(index: int | None) -> tuple[tuple[int, int], int]:
     """Compute capability and number of multiprocessors."""
@@ -108,11 +113,11 @@ def _rule(x_rows: int, out_rows: int, in_features: int, hopper: bool, processors
     if not hopper:
         # wgmma and what reads x from shared memory are Hopper's own; the rest runs wherever mma.sync does.
         return _decode(x_rows, out_rows, in_features, processors) if x_rows <= FEW else None
-    return (
-        _few(x_rows, out_rows, in_features, processors)
-        if x_rows <= 64
-        else _many(x_rows, out_rows, in_features, processors)
-    )
+    return _tile(x_rows, out_rows, in_features, processors)
+
+
+def _tile(x_rows: int, out_rows: int, in_features: int, processors: int) -> Tile:
+    return (_few if x_rows <= 64 else _many)(x_rows, out_rows, in_features, processors)
 
 
 def _few(x_rows: int, out_rows: int, in_features: int, processors: int) -> Tile:
@@ -178,8 +183,10 @@ def way(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None
     if x.dim() != 2 and not x.is_contiguous():
         return None
     plan = _plan_of(x if x.dim() == 2 else x.view(-1, x.shape[-1]), weight, bias, activation, setting)
-    shape = (*x.shape[:-1], plan.shape[-1]) if plan.launch else ()
-    return plan._replace(shape=shape, strides=contiguous(shape)) if plan.launch else None
+    if plan.launch is None:
+        return None
+    shape = (*x.shape[:-1], plan.shape[-1])
+    return plan._replace(shape=shape, strides=contiguous(shape))
 
 
 def run(
@@ -196,25 +203,15 @@ def run(
 
 def gradient(upstream: Tensor, weight: PackedWeight | Shuffled) -> Tensor | None:
     """Upstream W for upstream [M, N] -> [M, K] by a kernel that turns the weight, or None where there is none."""
-    if not isinstance(weight, Shuffled) or upstream.dtype != weight.dtype or not is_hopper(weight.device):
+    if not isinstance(weight, Shuffled) or upstream.dtype != weight.dtype or not _takes_tiles(weight, weight.dtype):
         return None
-    if not serves(weight.format, weight.device, weight.dtype):
-        return None
-    setting = choose_gradient(len(upstream), weight)
-    if setting is None:
+    rows, processors = len(upstream), facts(weight.device.index)[1]
+    if rows > MOST_ROWS:  # slabs are faster
         return None
     if weight.gated:
         upstream = take_turns(upstream.T).T
+    setting = _tile(rows, weight.in_features, weight.out_features, processors)
     return run(upstream, weight, None, None, setting, turned=True)
-
-
-def choose_gradient(rows: int, weight: Shuffled) -> Tile | None:
-    """The launch for `rows` rows of a gradient on Hopper, or None where slabs are faster."""
-    if rows > MOST_ROWS:
-        return None
-    return (_few if rows <= 64 else _many)(
-        rows, weight.in_features, weight.out_features, facts(weight.device.index)[1]
-    )  # fmt: skip
 
 
 # By what `likeness` tells.

@@ -71,13 +71,12 @@ def make(
     # In tiles of 64: the result's columns, and what is summed over.
     across, along = (groups * 4, tiles) if turned else (tiles, -(-k // 64))
     setting = _fitted(setting, across, groups, along)
-    width = weight.out_features // 2 if weight.gated else weight.out_features
-    width = weight.in_features if turned else width
-    rows = across // setting.wg
-    spots = rows * -(-m // setting.bm)
+    width = weight.in_features if turned else weight.out_features // 2 if weight.gated else weight.out_features
+    rows, pieces = across // setting.wg, -(-m // setting.bm)
+    spots = rows * pieces
     views: tuple[View, ...] = ()
     if isinstance(setting, Tile):
-        grid = (-(-m // setting.bm), rows, setting.split)
+        grid = (pieces, rows, setting.split)
         steps = -(-along // setting.c)
         numbers: tuple[int, ...] = (m, width, along, -(-steps // setting.split))
         codes, scales = (tiles, groups * 8, 256), (tiles, groups * 4, 1024 // weight.block)
@@ -89,7 +88,7 @@ def make(
             views = (((k // 64, m, 64), (64, pitch, 1)),)
     # The same kernel serves other numbers of rows.
     key = ("product", turned, setting, k, pitch, *likeness(x, weight, bias, activation)[4:])
-    group = GROUP if -(-m // setting.bm) > GROUP else 0
+    group = GROUP if pieces > GROUP else 0
     kernel = known(
         (*key, group),
         lambda: _product(setting, weight, bias is not None, activation, early=early, turned=turned, group=group),

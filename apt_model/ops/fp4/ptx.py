@@ -7,6 +7,9 @@ import torch
 
 from apt_model.ops.fp4.layout import COPIES, PAIRS, PLACES
 
+# The four pairs to eight halves of registers.
+_HALVES = [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {name};" for i, name in enumerate("abcd")]
+
 
 def decoding(dtype: torch.dtype) -> str:
     """Of one word, eight codes, four pairs of `dtype`, in eight halves of registers.
@@ -14,15 +17,13 @@ def decoding(dtype: torch.dtype) -> str:
     The bits that are picked are the value times 2^-126 (fp16: 2^-14). Then times the scale, whose bits are s * 2^119
     (2^7); the product s * w * 2^-7 is exact. A multiplication alone needs compute capability 9.
     """
-    return _assembly(dtype, 8, [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {name};" for i, name in enumerate("abcd")])
+    return _assembly(dtype, 8, _HALVES)
 
 
 def decoding_turned(dtype: torch.dtype) -> str:
     """`decoding`, and then each pair's 8 x 8 weights, which a warp holds, with rows for columns."""
     turn = [f"movmatrix.sync.aligned.m8n8.trans.b16 {name}, {name};" for name in "abcd"]
-    return _assembly(
-        dtype, 8, [*turn, *(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {name};" for i, name in enumerate("abcd"))]
-    )
+    return _assembly(dtype, 8, turn + _HALVES)
 
 
 def unpacking(dtype: torch.dtype) -> str:

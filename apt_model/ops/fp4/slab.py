@@ -87,10 +87,10 @@ class Whole(NamedTuple):
         return out if self.activation is None else naive.activate(out, self.activation)
 
 
-def whole(x: Tensor, weight: Operand, bias: Tensor | None, activation: str | None) -> Whole | None:
+def whole(x: Tensor, weight: Shuffled, bias: Tensor | None, activation: str | None) -> Whole | None:
     """How the like of `linear` with x [..., K] is computed with fewer words, or None where that is not so."""
     rows, width = weight.shape
-    if not isinstance(weight, Shuffled) or weight.gated or activation == "swiglu" or width % 2:
+    if weight.gated or activation == "swiglu" or width % 2:
         return None
     if rows * width * x.element_size() > SLAB_BYTES or (bias is not None and bias.dtype != x.dtype):
         return None
