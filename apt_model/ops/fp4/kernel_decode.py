@@ -279,9 +279,9 @@ def at_chunk(
 
 @gluon.jit
 def load_chunk(words_ptr, scales_ptr, i: gl.constexpr, SCALES: gl.constexpr):
-    """Codes and scales of the 64 inputs of the i-th chunk from here."""
-    words = gl.load(words_ptr + i * 512)
-    return words, gl.load(scales_ptr + i * SCALES)
+    """Codes and scales of the 64 inputs of the i-th chunk from here; read once, so that caches may drop them first."""
+    words = gl.load(words_ptr + i * 512, eviction_policy="evict_first")
+    return words, gl.load(scales_ptr + i * SCALES, eviction_policy="evict_first")
 
 
 @gluon.jit
