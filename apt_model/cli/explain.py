@@ -22,6 +22,9 @@ _ADVICE = {
     "APT-E040": "`apt-model info` shows the device that is used. --device auto takes APT_DEVICE, or the best there is.",
     "APT-E050": "Install the package: the remedy is the command. Or leave the option that needs it at auto.",
     "APT-E060": "Nothing is lost up to the newest checkpoint: apt-model train --out OUT --resume goes on from there.",
+    "APT-E070": "Raise the capacity to the figure in the message, or take smaller blocks, fewer slots or fewer bits.",
+    "APT-E071": "What is on disk is not what was written, or could not be written: see that the disk has room and is "
+    "sound. Weights that came from files of yours are still there; a store of tensors has lost the one named.",
 }
 
 

@@ -9,7 +9,9 @@
     |-- DivergenceError (RuntimeError)   APT-E030  training left the finite numbers or went uphill for good
     |-- DeviceError (RuntimeError)       APT-E040  a device that was asked for is not there
     |-- MissingExtraError (ImportError)  APT-E050  an optional package is needed and not installed
-    `-- InterruptedRun                   APT-E060  stopped from outside; the work so far is saved
+    |-- InterruptedRun                   APT-E060  stopped from outside; the work so far is saved
+    |-- CapacityError (RuntimeError)     APT-E070  something does not fit into a level of memory
+    `-- StorageError (RuntimeError)      APT-E071  bytes on disk cannot be written, read or trusted
 
 The message says what was expected and what came; `state` says what became of the work; `remedy` is what to do, as a
 command or an edit that works when pasted. Foreign exceptions are mapped where they enter, with `raise ... from`.
@@ -100,3 +102,17 @@ class InterruptedRun(AptError):  # noqa: N818 - an interruption is not a fault
 
     code = "APT-E060"
     exit_code = 130
+
+
+class CapacityError(AptError, RuntimeError):
+    """A tensor or a model does not fit the capacities given; the message says what is the least that would do."""
+
+    code = "APT-E070"
+    exit_code = 7
+
+
+class StorageError(AptError, RuntimeError):
+    """A store's file cannot be written, is truncated, altered or gone; the message names the tensor and the place."""
+
+    code = "APT-E071"
+    exit_code = 3

@@ -1,0 +1,1 @@
+"""GPU, CPU and SSD as one memory of hard capacities."""
