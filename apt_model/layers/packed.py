@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from apt_model.core.errors import InputError
 from apt_model.core.options import require
+from apt_model.core.placement import is_placed
 from apt_model.core.system.cuda import CudaDevice
 from apt_model.layers.packed_products import dequantize_in_slabs
 from apt_model.layers.packed_view import PackedView
@@ -193,7 +194,7 @@ class PackedModule(nn.Module):
             return False
         if packed.is_cuda and CudaDevice.is_capturing():
             return False
-        if name in self.fixed or self.is_sharded or type(packed) is not nn.Parameter:
+        if name in self.fixed or self.is_sharded or type(packed) is not nn.Parameter or is_placed(packed):
             return False
         hook = getattr(self, "_hf_hook", None)  # accelerate's: may put the files' order in place for each call
         return not any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))

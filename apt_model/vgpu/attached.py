@@ -1,0 +1,300 @@
+"""A model in the levels of a stack: how its blocks are moved there, and given back."""
+
+import contextlib
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apt_model.core.errors import CapacityError, InputError
+from apt_model.vgpu.arena import HostArena, Region
+from apt_model.vgpu.blob import Packed, Seen, bytes_of, pack
+from apt_model.vgpu.disk import DiskStore
+from apt_model.vgpu.lanes import Lanes
+from apt_model.vgpu.level import Level
+from apt_model.vgpu.places import Places, Source
+from apt_model.vgpu.planner import DEVICE, DISK, Blob, Capacities, Plan, padded, plan
+from apt_model.vgpu.streaming import Home, Streaming
+from apt_model.vgpu.windows import Found, Stored, Window, find
+
+# How often blocks are taken apart further where level 1 is too small for them.
+_HALVINGS = 12
+
+
+class Layout:
+    """A model taken apart to fit, and the plan for it."""
+
+    def __init__(self, found: Found, buffers: int, capacities: Capacities, slots: int) -> None:
+        self.found = found
+        self.windows: list[Window] = found.windows
+        self.blobs: list[Packed] = []
+        self.needs: list[list[int]] = [[] for _ in found.windows]
+        shared: dict[int, int] = {}
+        for i, window in enumerate(found.windows):
+            own = [each for each in window.stored if len(each.windows) == 1]
+            if own:
+                self._add(i, window.name, own)
+            for each in window.stored:
+                if len(each.windows) > 1:
+                    if id(each) not in shared:
+                        shared[id(each)] = len(self.blobs)
+                        self.blobs.append(pack(each.name, [each]))
+                    self.needs[i].append(shared[id(each)])
+        self.loose = pack("what lies around the blocks", found.loose)
+        self.always = padded(buffers) + (padded(self.loose.nbytes) if found.loose else 0)
+        self.plan: Plan = plan(
+            [Blob(name=each.name, nbytes=each.nbytes) for each in self.blobs], capacities, always=self.always,
+            slots=slots, at_once=max(map(len, self.needs), default=1),
+        )  # fmt: skip
+
+    def _add(self, window: int, name: str, stored: list[Stored]) -> None:
+        self.needs[window].append(len(self.blobs))
+        self.blobs.append(pack(name, stored))
+
+
+def lay_out(model: nn.Module, capacities: Capacities, slots: int) -> Layout:
+    """Take a model apart into the largest blocks with which all slots fit; `CapacityError` where none do."""
+    buffers = sum(buffer.untyped_storage().nbytes() for buffer in _buffers(model))
+    total = sum(each.nbytes for each in find(model, 0).stored)
+    limit = capacities.device if total + buffers <= capacities.device else capacities.device // (slots + 1)
+    best: Layout | None = None
+    fault: CapacityError | None = None
+    for _ in range(_HALVINGS):
+        try:
+            layout = Layout(find(model, limit), buffers, capacities, slots)
+        except CapacityError as error:
+            fault = error
+        else:
+            if best is None or layout.plan.slots > best.plan.slots:
+                best = layout
+            if not layout.plan.slots or layout.plan.slots >= min(slots, _streamed(layout)):
+                return layout
+        limit //= 2
+    if best is None:
+        assert fault is not None
+        raise fault
+    return best
+
+
+def _streamed(layout: Layout) -> int:
+    return sum(home != DEVICE for home in layout.plan.homes)
+
+
+def _buffers(model: nn.Module) -> list[Tensor]:
+    return [buffer for buffer in model.buffers() if buffer is not None]
+
+
+class Attached(Home):
+    """What a stack holds of one model."""
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, lanes: Lanes, levels: list[Level], arena: HostArena | None,
+        store: DiskStore | None, prefix: str,
+    ) -> None:  # fmt: skip
+        self.model, self.layout, self.levels = model, layout, levels
+        self._lanes, self._arena, self._store, self._prefix = lanes, arena, store, prefix
+        self._regions: list[Region] = []
+        self._host: dict[int, Tensor] = {}
+        self._stages: list[Tensor] = []
+        self._moved: list[tuple[Packed, int | None]] = []
+        self._came_from = {
+            id(stored): stored.parameters[0].device for stored in (*layout.found.stored, *layout.found.loose)
+        }  # fmt: skip
+        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self._held = self._counted = 0
+        self.streaming: Streaming | None = None
+        self._handles: list[Any] = []
+        try:
+            self._build()
+        except BaseException:
+            self.restore()
+            raise
+
+    def _build(self) -> None:
+        chosen = self.layout.plan
+        self.levels[0].take(chosen.device_bytes, f"the model's share of {chosen.device_bytes} bytes")
+        self._held = chosen.device_bytes
+        memory = self._on_device(padded(chosen.device_bytes - padded(self._buffer_bytes())))
+        places = [memory[i * chosen.slot_bytes : (i + 1) * chosen.slot_bytes] for i in range(chosen.slots)]
+        at = chosen.slots * chosen.slot_bytes
+        self._move_buffers()
+        self._stages = [self._take(chosen.staging_bytes).tensor for _ in range(chosen.staging)]
+        self._scratch = self._stages[0] if self._stages else places[0] if places else None
+        resident: list[tuple[int | None, Packed]] = [(None, self.layout.loose)] if self.layout.found.loose else []
+        resident += [(i, blob) for i, blob in enumerate(self.layout.blobs) if chosen.homes[i] == DEVICE]
+        for i, blob in resident:
+            own = memory[at : at + blob.nbytes]
+            at += padded(blob.nbytes)
+            blob.fill(own)
+            self._settle(blob, i, own)
+        sources = {}
+        for i, blob in enumerate(self.layout.blobs):
+            if chosen.homes[i] != DEVICE:
+                sources[i] = self._place(i, blob, on_disk=chosen.homes[i] == DISK)
+                self._settle(blob, i, places[0])
+        if not sources:
+            return
+        streamed = {i: self.layout.blobs[i] for i in sources}
+        self.places = Places(places, sources, self._lanes, self.levels[0], self._store, self._stages)
+        needs = [[blob for blob in need if blob in sources] for need in self.layout.needs]
+        self.streaming = Streaming(self.model, self.layout.windows, needs, streamed, self.places, self)
+        self._handles = [
+            self.model.register_state_dict_pre_hook(functools.partial(_host_reads, self.streaming, True)),
+            self.model.register_state_dict_post_hook(functools.partial(_host_reads, self.streaming, False)),
+        ]
+
+    def _on_device(self, count: int) -> Tensor:
+        """Memory on level 1, from a page's start."""
+        if self._lanes.real:
+            return torch.empty(count, dtype=torch.uint8, device=self._lanes.device)
+        self._slab = HostArena(padded(count, 2 << 20))
+        return self._slab.take(count).tensor
+
+    def _buffer_bytes(self) -> int:
+        return sum(buffer.untyped_storage().nbytes() for buffer in _buffers(self.model))
+
+    def _move_buffers(self) -> None:
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                self._buffers.append((module, name, buffer))
+                if buffer.device != self._lanes.device:
+                    module._buffers[name] = buffer.to(self._lanes.device)  # noqa: SLF001
+
+    def _take(self, count: int) -> Region:
+        assert self._arena is not None
+        self.levels[1].take(padded(count), "a block")
+        self._counted += padded(count)
+        try:
+            region = self._arena.take(padded(count))
+        except BaseException:
+            self.levels[1].give(padded(count))
+            self._counted -= padded(count)
+            raise
+        self._regions.append(region)
+        return region
+
+    def _place(self, number: int, blob: Packed, *, on_disk: bool) -> Source:
+        """Copy a blob to where it lives."""
+        if on_disk:
+            assert self._store is not None and self._scratch is not None
+            memory = self._scratch[: blob.nbytes]
+            blob.fill(memory)
+            self._store.write(self._key(number), memory)
+            self.levels[-1].take(padded(blob.nbytes), f"block {blob.name}")
+            return Source(blob.nbytes, None, self._key(number))
+        region = self._take(blob.nbytes)
+        blob.fill(region.tensor)
+        self._host[number] = region.tensor
+        return Source(blob.nbytes, region.tensor, None)
+
+    def _settle(self, blob: Packed, number: int | None, memory: Tensor) -> None:
+        """Let a blob's parameters see `memory`; what they had before goes."""
+        self._moved.append((blob, number))
+        for seen in blob.seen:
+            seen.parameter.data = seen.view(memory)
+        if number is None or self.layout.plan.homes[number] == DEVICE:
+            self._resident_memory[id(blob)] = memory
+
+    @property
+    def _resident_memory(self) -> dict[int, Tensor]:
+        return self.__dict__.setdefault("_residents", {})
+
+    def _key(self, number: int) -> str:
+        return f"{self._prefix}{number}"
+
+    def view(self, blob: int, seen: Seen) -> Tensor:
+        """A parameter's values where they live: the arena's memory, or the file's, mapped."""
+        if blob in self._host:
+            return _separate(self._host[blob], seen)
+        assert self._store is not None
+        path, _ = self._store.path_of(self._key(blob))
+        return _mapped(path, seen)
+
+    def keep(self, blob: int, memory: Tensor) -> None:
+        """Take a blob's changed bytes to where it lives."""
+        packed = self.layout.blobs[blob]
+        if self._lanes.real:
+            self._lanes.compute().synchronize()
+        if blob in self._host:
+            self._host[blob][: packed.nbytes].copy_(memory[: packed.nbytes])
+            return
+        assert self._store is not None
+        self._store.write(self._key(blob), memory[: packed.nbytes].cpu())
+
+    def restore(self) -> None:
+        """Give the model its weights back, on the device that they came from; what the stack held of it goes."""
+        for handle in self._handles:
+            handle.remove()
+        if self.streaming is not None:
+            self.streaming.close()
+        for blob, number in self._moved:
+            memory = self._bytes_of(blob, number)
+            for stored, offset in blob.stored:
+                fresh = torch.empty(stored.nbytes, dtype=torch.uint8, device=self._came_from[id(stored)])
+                fresh.copy_(memory[offset : offset + stored.nbytes])
+                for seen in blob.seen:
+                    if seen.offset == offset and any(seen.parameter is each for each in stored.parameters):
+                        size = seen.nbytes
+                        seen.parameter.data = fresh[:size].view(seen.dtype).as_strided(
+                            seen.size, seen.stride, seen.storage_offset
+                        )
+            if number is not None and self._store is not None and self._key(number) in self._store:
+                self._store.delete(self._key(number))
+                self.levels[-1].give(padded(blob.nbytes))
+        self._moved.clear()
+        for module, name, buffer in self._buffers:
+            now = module._buffers.get(name)  # noqa: SLF001
+            if now is not None and now.device != buffer.device:
+                module._buffers[name] = now.to(buffer.device)  # noqa: SLF001
+        self._buffers.clear()
+        self._host.clear()
+        self._stages = []
+        self._residents = {}
+        for region in self._regions:
+            assert self._arena is not None
+            self._arena.give(region)
+        self._regions.clear()
+        if self._counted:
+            self.levels[1].give(self._counted)
+            self._counted = 0
+        self.levels[0].give(self._held)
+        self._held = 0
+
+    def _bytes_of(self, blob: Packed, number: int | None) -> Tensor:
+        if id(blob) in self._resident_memory:
+            return self._resident_memory[id(blob)]
+        assert number is not None
+        if number in self._host:
+            return self._host[number]
+        assert self._store is not None
+        memory = torch.empty(padded(blob.nbytes), dtype=torch.uint8)
+        self._store.read(self._key(number), memory)
+        return memory
+
+
+def _host_reads(streaming: Streaming, now: bool, *_: object) -> None:
+    streaming.host_reads(now)
+
+
+def _separate(memory: Tensor, seen: Seen) -> Tensor:
+    """A view with a storage of its own, as savers tell tensors apart by their storages."""
+    address = memory.data_ptr() + seen.offset
+    if not seen.nbytes:
+        return torch.empty(seen.size, dtype=seen.dtype)
+    held = (ctypes.c_char * seen.nbytes).from_address(address)
+    held._memory = memory  # type: ignore[attr-defined]  # noqa: SLF001
+    return torch.frombuffer(held, dtype=seen.dtype).as_strided(seen.size, seen.stride, seen.storage_offset)
+
+
+def _mapped(path: Path, seen: Seen) -> Tensor:
+    """A view of a file; what is written to it stays in this process."""
+    if not seen.nbytes:
+        return torch.empty(seen.size, dtype=seen.dtype)
+    mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=seen.offset, shape=(seen.nbytes,))
+    return torch.frombuffer(mapped, dtype=seen.dtype).as_strided(seen.size, seen.stride, seen.storage_offset)

@@ -1,0 +1,66 @@
+"""How the tensors of a block lie in one piece of memory, and how they are seen there."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from apt_model.vgpu.planner import padded
+from apt_model.vgpu.windows import Stored
+
+# Of a tensor's first byte: what copies and kernels like.
+_ALIGNED = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A parameter in a blob."""
+
+    parameter: nn.Parameter
+    offset: int  # of its storage, in bytes
+    nbytes: int  # of its storage
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage_offset: int
+
+    def view(self, memory: Tensor) -> Tensor:
+        """In `memory` (uint8) that holds the blob from its start."""
+        storage = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
+        return storage.as_strided(self.size, self.stride, storage.storage_offset() + self.storage_offset)
+
+
+@dataclasses.dataclass(eq=False)
+class Packed:
+    """Storages that move together."""
+
+    name: str
+    nbytes: int
+    stored: list[tuple[Stored, int]]  # with its offset
+    seen: list[Seen]
+
+    def fill(self, memory: Tensor) -> None:
+        """Copy the values of all its storages to `memory` (uint8)."""
+        for stored, offset in self.stored:
+            memory[offset : offset + stored.nbytes].copy_(bytes_of(stored))
+
+
+def bytes_of(stored: Stored) -> Tensor:
+    """A storage as bytes, where it is."""
+    storage = stored.parameters[0].untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),))  # type: ignore[call-overload]
+
+
+def pack(name: str, stored: list[Stored]) -> Packed:
+    """Lay storages side by side."""
+    at, places, seen = 0, [], []
+    for each in stored:
+        places.append((each, at))
+        for parameter in each.parameters:
+            data = parameter.data
+            size = each.nbytes // data.element_size() * data.element_size()
+            seen.append(
+                Seen(parameter, at, size, data.dtype, tuple(data.shape), tuple(data.stride()), data.storage_offset())
+            )
+        at = padded(at + each.nbytes, _ALIGNED)
+    return Packed(name, max(at, _ALIGNED), places, seen)

@@ -1,0 +1,51 @@
+"""Streams and events of the device that computes; on a CPU, where a call is done when it returns, they do nothing."""
+
+from typing import Any
+
+import torch
+
+
+class Nothing:
+    """A stream or an event on a device that has none."""
+
+    def __enter__(self) -> "Nothing":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        """Nothing: it has happened."""
+
+    def record(self, stream: object = None) -> None:
+        """Nothing: it is past."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """Whether it is over: always."""
+        return True
+
+    def elapsed_time(self, _: object) -> float:
+        """Milliseconds to another: none."""
+        return 0.0
+
+
+_NOTHING: Any = Nothing()
+
+
+class Lanes:
+    """The device's stream for copies, its events, and whichever stream computes now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.real = device, device.type != "cpu"
+        self.copy: Any = torch.Stream(device=device) if self.real else _NOTHING
+
+    def event(self, *, timed: bool = False) -> Any:
+        """A new one; on a CPU nothing."""
+        return torch.Event(device=self.device, enable_timing=timed) if self.real else _NOTHING
+
+    def compute(self) -> Any:
+        """The stream on which the caller computes."""
+        return torch.accelerator.current_stream(self.device) if self.real else _NOTHING

@@ -1,0 +1,63 @@
+"""What a level holds and has done: its hard capacity, and the counts that `stats` tells."""
+
+import threading
+from typing import Any
+
+from apt_model.core.errors import CapacityError
+from apt_model.vgpu.config import MB, LevelConfig
+
+
+def shown(count: float) -> str:
+    """Bytes as people read them."""
+    return f"{count / MB:,.1f} MB"
+
+
+class Level:
+    """Bytes that are taken and given back, never more than the capacity at once."""
+
+    def __init__(self, config: LevelConfig) -> None:
+        self.config, self.capacity = config, config.capacity
+        self.used = self.peak = 0
+        self.hits = self.misses = self.evictions = self.bytes_in = self.bytes_out = 0
+        self.busy_s = 0.0  # in which `bytes_in` came
+        self._lock = threading.Lock()
+
+    @property
+    def free(self) -> int:
+        """Bytes that can still be taken."""
+        return self.capacity - self.used
+
+    def take(self, count: int, what: str) -> None:
+        """Count `count` bytes as held, or raise `CapacityError` and count nothing."""
+        with self._lock:
+            if count > self.free:
+                raise CapacityError(
+                    f"{self.config.device}: {what} takes {shown(count)}, and {shown(self.free)} of "
+                    f"{shown(self.capacity)} are free",
+                    remedy=f"give this level at least {(self.used + count) / MB:,.1f} MB (capacity_mb)",
+                )
+            self.used += count
+            self.peak = max(self.peak, self.used)
+
+    def give(self, count: int) -> None:
+        """Count `count` bytes as gone."""
+        with self._lock:
+            self.used -= count
+            assert self.used >= 0, self.used
+
+    def stats(self) -> dict[str, Any]:
+        """For people: MB, counts, and GB/s of what came in."""
+        accesses = self.hits + self.misses
+        return {
+            "device": self.config.device,
+            "capacity_mb": self.capacity / MB,
+            "used_mb": self.used / MB,
+            "peak_mb": self.peak / MB,
+            "hits": self.hits,
+            "misses": self.misses,
+            "hit_rate": self.hits / accesses if accesses else None,
+            "evictions": self.evictions,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "gbps": self.bytes_in / self.busy_s / 1e9 if self.busy_s else None,
+        }

@@ -1,0 +1,268 @@
+"""Places on level 1 that blobs pass through, and how they get there from the levels below."""
+
+import contextlib
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from apt_model.core.errors import CapacityError, StorageError
+from apt_model.vgpu.disk import DiskStore
+from apt_model.vgpu.lanes import Lanes
+from apt_model.vgpu.level import Level
+
+
+class Place:
+    """Memory for one blob at a time."""
+
+    __slots__ = ("blob", "free", "memory", "pending", "pins", "ready")
+
+    def __init__(self, memory: Tensor, lanes: Lanes) -> None:
+        self.memory, self.blob, self.pins = memory, -1, 0
+        self.free, self.ready = lanes.event(), lanes.event()
+        self.pending: Any = None  # a read of the disk into it, or the staging place whose read it waits for
+
+
+class Source:
+    """Where a blob that is streamed lives."""
+
+    __slots__ = ("host", "key", "nbytes")
+
+    def __init__(self, nbytes: int, host: Tensor | None, key: str | None) -> None:
+        self.nbytes, self.host, self.key = nbytes, host, key
+
+
+class Stage:
+    """Memory on the host between the disk and an accelerator."""
+
+    __slots__ = ("blob", "copied", "memory", "read")
+
+    def __init__(self, memory: Tensor, lanes: Lanes) -> None:
+        self.memory, self.blob, self.read, self.copied = memory, -1, None, lanes.event()
+        self.read: Any
+
+
+class Places:
+    """Brings blobs to level 1 ahead of their use; never waits for the device, and only for the disk when it has to.
+
+    Not for several threads at once: the caller holds a lock.
+    """
+
+    def __init__(
+        self, memory: list[Tensor], sources: dict[int, Source], lanes: Lanes, level: Level, store: DiskStore | None,
+        stages: list[Tensor],
+    ) -> None:  # fmt: skip
+        self.lanes, self._sources, self._level, self._store = lanes, sources, level, store
+        self.all = [Place(each, lanes) for each in memory]
+        self._stages = [Stage(each, lanes) for each in stages]
+        self.where: dict[int, Place] = {}
+        self.waited_s = 0.0  # of the host, for the disk
+        self._timed: list[tuple[Any, Any]] = []
+        self._spare: list[Any] = []
+
+    def hold(self, blob: int, ahead: Iterable[int]) -> Place:
+        """A blob's place, from which it does not go until `let`; whoever computes next waits for it on the device."""
+        place = self.where.get(blob)
+        there = place is not None
+        if place is None:
+            place = self._victim(set(ahead), blob)
+            self._start(blob, place)
+        place.pins += 1
+        try:
+            stalled = self._arrive(place)
+        except BaseException:
+            place.pins -= 1
+            self._forget(place)
+            raise
+        if self.lanes.real:
+            self._wait(place, there)
+        else:
+            self._count(there and not stalled)
+        return place
+
+    def let(self, place: Place) -> None:
+        """End a `hold`; what computes up to here may still read it."""
+        place.pins -= 1
+        if place.pins == 0:
+            place.free.record(self.lanes.compute())
+
+    def bring(self, ahead: Iterable[int]) -> None:
+        """Begin to bring what comes next, as far as there is room; `ahead` are different blobs in order."""
+        self._pump()
+        idle = [place for place in self.all if place.pins == 0]
+        wanted: list[int] = []
+        deeper = len(idle) + len(self._stages)
+        for blob in ahead:
+            if blob in self.where and self.where[blob].pins:
+                continue
+            wanted.append(blob)
+            if len(wanted) >= deeper:
+                break
+        soon = wanted[: len(idle)]
+        keep = set(soon)
+        victims = [place for place in idle if place.blob not in keep]
+        victims.sort(key=lambda place: place.blob >= 0)
+        if self._stages:
+            self._read_ahead([blob for blob in wanted if self._sources[blob].host is None])
+        for blob in soon:
+            if blob not in self.where:
+                self._start(blob, victims.pop(0))
+
+    def drain(self) -> None:
+        """Wait for everything that is under way, and forget what is where."""
+        for place in self.all:
+            self._settle(place.pending)
+        for stage in self._stages:
+            self._settle(stage.read)
+            stage.copied.synchronize()
+        for place in self.all:
+            place.ready.synchronize()
+            place.pins = 0
+            self._forget(place)
+
+    def stalls(self) -> float:
+        """Seconds that the device has waited for copies, as far as it has come."""
+        while self._timed and self._timed[0][1].query():
+            before, after = self._timed.pop(0)
+            waited = before.elapsed_time(after) / 1e3
+            self.waited_s += waited
+            self._count(waited < _NO_WAIT)
+            self._spare += [before, after]
+        return self.waited_s
+
+    def _count(self, hit: bool) -> None:
+        if hit:
+            self._level.hits += 1
+        else:
+            self._level.misses += 1
+
+    def _wait(self, place: Place, there: bool) -> None:
+        """Let the computing stream wait for the copy, and take the time of it."""
+        stream = self.lanes.compute()
+        if not there:
+            self._level.misses += 1
+            stream.wait_event(place.ready)
+            return
+        if len(self._timed) >= _MOST_TIMED:
+            self.stalls()
+        pair = [self._spare.pop() if self._spare else self.lanes.event(timed=True) for _ in range(2)]
+        pair[0].record(stream)
+        stream.wait_event(place.ready)
+        pair[1].record(stream)
+        self._timed.append((pair[0], pair[1]))
+
+    def _victim(self, ahead: set[int], blob: int) -> Place:
+        idle = [place for place in self.all if place.pins == 0]
+        if not idle:
+            raise CapacityError(
+                f"all {len(self.all)} slots of level 1 are in use by blocks that run now, and one more block is needed",
+                remedy="give level 1 more, or the stack more slots",
+            )
+        return min(idle, key=lambda place: (place.blob >= 0, place.blob in ahead))
+
+    def _start(self, blob: int, place: Place) -> None:
+        """Begin to bring a blob to a place, whose own goes."""
+        if place.blob >= 0:
+            self._settle(place.pending)
+            self._level.evictions += 1
+            del self.where[place.blob]
+        place.blob, place.pending = blob, None
+        self.where[blob] = place
+        source = self._sources[blob]
+        self._level.bytes_in += source.nbytes
+        if source.host is not None:
+            self._copy(source.host, place, source.nbytes)
+        elif self._stages:
+            place.pending = self._staged(blob)
+            self._pump()
+        else:
+            assert self._store is not None and source.key is not None
+            place.pending = self._store.read_async(source.key, place.memory)
+
+    def _copy(self, memory: Tensor, place: Place, nbytes: int) -> None:
+        lane = self.lanes.copy
+        lane.wait_event(place.free)
+        with lane:
+            place.memory[:nbytes].copy_(memory[:nbytes], non_blocking=True)
+        place.ready.record(lane)
+
+    def _arrive(self, place: Place) -> bool:
+        """Until the copy is at least under way; whether the host had to wait for the disk."""
+        pending = place.pending
+        if pending is None:
+            return False
+        read = pending.read if isinstance(pending, Stage) else pending
+        stalled = not read.done()
+        begin = time.perf_counter()
+        read.result()
+        self.waited_s += time.perf_counter() - begin if stalled else 0.0
+        self._land(place)
+        return stalled
+
+    def _land(self, place: Place) -> None:
+        """The disk's read for a place is done: from a stage its copy begins."""
+        pending, place.pending = place.pending, None
+        if isinstance(pending, Stage):
+            self._copy(pending.memory, place, self._sources[place.blob].nbytes)
+            pending.copied.record(self.lanes.copy)
+
+    def _pump(self) -> None:
+        """Begin copies whose reads are done."""
+        for place in self.all:
+            pending = place.pending
+            if isinstance(pending, Stage) and pending.read.done():
+                with contextlib.suppress(StorageError):  # which whoever needs the blob is told
+                    pending.read.result()
+                    self._land(place)
+
+    def _staged(self, blob: int) -> Stage:
+        for stage in self._stages:
+            if stage.blob == blob:
+                return stage
+        waiting = {id(place.pending) for place in self.all}
+        return self._read(blob, next(stage for stage in self._stages if id(stage) not in waiting))
+
+    def _read_ahead(self, blobs: list[int]) -> None:
+        """Begin reads of the first of `blobs`, into stages of which nobody needs the content."""
+        soon = [blob for blob in blobs if blob not in self.where or self.where[blob].pending is not None]
+        soon = soon[: len(self._stages)]
+        waiting = {id(place.pending) for place in self.all}
+        idle = [
+            stage for stage in self._stages
+            if id(stage) not in waiting and stage.blob not in soon and stage.copied.query()
+        ]  # fmt: skip
+        staged = {stage.blob for stage in self._stages}
+        for blob in soon:
+            if blob not in staged and idle:
+                self._read(blob, idle.pop())
+
+    def _read(self, blob: int, stage: Stage) -> Stage:
+        if stage.read is not None:
+            self._settle(stage.read)
+        stage.copied.synchronize()
+        assert self._store is not None
+        key = self._sources[blob].key
+        assert key is not None
+        stage.blob, stage.read = blob, self._store.read_async(key, stage.memory)
+        return stage
+
+    def _settle(self, pending: Any) -> None:
+        """Until nothing writes to the memory of a read any more, whatever became of it."""
+        read = pending.read if isinstance(pending, Stage) else pending
+        if read is not None:
+            with contextlib.suppress(StorageError):
+                read.result()
+
+    def _forget(self, place: Place) -> None:
+        if place.blob >= 0:
+            self._settle(place.pending)
+            if isinstance(place.pending, Stage):
+                place.pending.blob = -1
+            del self.where[place.blob]
+            place.blob, place.pending = -1, None
+
+
+# Seconds below which the device is not said to have waited: two events and a wait that has nothing to wait for.
+_NO_WAIT = 20e-6
+_MOST_TIMED = 512

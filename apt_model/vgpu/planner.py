@@ -1,0 +1,205 @@
+"""What lives where: pure arithmetic over sizes and capacities, without torch.
+
+Blocks are used in a known order, over and over. On such a scan a fixed set of residents is optimal in bytes (evicting
+what was used longest ago finds nothing again), and residents have to be spread among what is streamed: a few slots
+cannot bank the time of a long resident prefix. So residents are chosen as a line is drawn on a grid, in proportion to
+bytes, and so is what lies on disk among what lies in host memory.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from apt_model.core.errors import CapacityError
+
+PAGE = 4096
+# A blob below this share of a slot stays on level 1: a slot, a copy and two events for it cost more than its bytes.
+_SMALL = 1 / 16
+DEVICE, HOST, DISK = range(3)
+
+
+def padded(count: int, to: int = PAGE) -> int:
+    """The next multiple of `to`."""
+    return -(-count // to) * to
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blob:
+    """Bytes that move together, in the order of their first use."""
+
+    name: str
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capacities:
+    """Bytes of each level; None where there is no such level."""
+
+    device: int
+    host: int | None = None
+    disk: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where each blob lives, and what streaming the others takes on each level."""
+
+    homes: tuple[int, ...]
+    """DEVICE, HOST or DISK of each blob."""
+    slots: int
+    slot_bytes: int
+    staging: int
+    """Places in host memory through which blobs pass from the disk."""
+    staging_bytes: int
+    """Of each."""
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    streamed_bytes: int
+    """To level 1 in one pass over all blobs."""
+
+
+def plan(
+    blobs: Sequence[Blob], capacities: Capacities, *, always: int = 0, slots: int = 3, at_once: int = 1,
+    staging: int = 3,
+) -> Plan:  # fmt: skip
+    """Place `blobs` within `capacities`.
+
+    Args:
+        blobs: in the order of their use.
+        capacities: in bytes.
+        always: bytes on level 1 that are not streamed at all (buffers, parameters of no block).
+        slots: places on level 1 for what is streamed; fewer where there is no room, but not below `at_once`.
+        at_once: most blobs that one block needs at the same time.
+        staging: places in host memory for what comes from the disk; fewer where there is no room.
+
+    Raises:
+        CapacityError: a level is too small; says the least that would do.
+    """
+    sizes = [padded(blob.nbytes) for blob in blobs]
+    if always + sum(sizes) <= capacities.device:
+        return _made(sizes, [DEVICE] * len(sizes), 0, 0, always)
+    homes, count, slot = _residents(blobs, sizes, capacities.device, always, slots, at_once)
+    streamed = [i for i, home in enumerate(homes) if home != DEVICE]
+    need = sum(sizes[i] for i in streamed)
+    if capacities.host is None:
+        if capacities.disk is None:
+            raise CapacityError(
+                f"the model takes {_mb(always + sum(sizes))}, and the only level holds {_mb(capacities.device)}",
+                remedy="add a level below it, or give it that much",
+            )
+        on_disk = streamed
+        places = 0
+    else:
+        on_disk, places = _below(sizes, streamed, capacities.host, capacities.disk, staging)
+    for i in on_disk:
+        homes[i] = DISK
+    on_disk_bytes = sum(sizes[i] for i in on_disk)
+    if capacities.disk is not None and on_disk_bytes > capacities.disk:
+        held = f"{_mb(need)} are streamed, {_mb(on_disk_bytes)} of them from the disk, which holds {_mb(capacities.disk)}"
+        raise CapacityError(held, remedy=f"give the disk at least {_mb(on_disk_bytes)}, or the levels above it more")
+    return _made(sizes, homes, count, slot, always, places)
+
+
+def _residents(
+    blobs: Sequence[Blob], sizes: list[int], capacity: int, always: int, slots: int, at_once: int
+) -> tuple[list[int], int, int]:
+    """Homes (DEVICE or HOST), how many slots there are, and their size."""
+    largest = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    best: tuple[int, int, int] | None = None  # streamed bytes, how many of the largest stay, slots
+    kept = 0
+    for stay in range(len(largest)):
+        slot = sizes[largest[stay]]
+        left = capacity - always - kept
+        count = min(slots, left // slot if slot else slots, len(largest) - stay)
+        if count >= min(at_once, len(largest) - stay) and count > 0:
+            streamed = sum(sizes) - kept - max(0, left - count * slot)
+            # Fewer slots than asked for are a last resort: copies then wait for what computes.
+            rank = (slots - count if len(largest) - stay > count else 0, streamed)
+            if best is None or rank < best[0]:  # type: ignore[operator]
+                best = (rank, stay, count)  # type: ignore[assignment]
+        kept += slot
+    if best is None:
+        least = min(always + sum(sizes[i] for i in largest[:stay]) + at_once * sizes[largest[stay]]
+                    for stay in range(len(largest)))  # fmt: skip
+        name = blobs[largest[0]].name
+        raise CapacityError(
+            f"level 1 holds {_mb(capacity)}: with {_mb(always)} that always stay there and {at_once} of the largest "
+            f"blocks at once ({name}, {_mb(sizes[largest[0]])}) it has to hold {_mb(least)}",
+            remedy=f"give level 1 at least {_mb(least)}",
+        )
+    _, stay, count = best
+    slot = sizes[largest[stay]]
+    homes = [HOST] * len(sizes)
+    for i in largest[:stay]:
+        homes[i] = DEVICE
+    left = capacity - always - count * slot - sum(sizes[i] for i in largest[:stay])
+    for i in reversed(largest):
+        if homes[i] != DEVICE and sizes[i] <= slot * _SMALL and sizes[i] <= left:
+            homes[i] = DEVICE
+            left -= sizes[i]
+    others = [i for i in range(len(sizes)) if homes[i] != DEVICE]
+    for i in spread(others, sizes, left):
+        homes[i] = DEVICE
+    return homes, count, slot
+
+
+def _below(sizes: list[int], streamed: list[int], host: int, disk: int | None, staging: int) -> tuple[list[int], int]:
+    """Which of `streamed` lie on disk, and how many places of staging there are."""
+    need = sum(sizes[i] for i in streamed)
+    if need <= host:
+        return [], 0
+    if disk is None:
+        raise CapacityError(
+            f"{_mb(need)} are streamed from host memory, which holds {_mb(host)}",
+            remedy=f"give the cpu level at least {_mb(need)}, level 1 more, or add an ssd level",
+        )
+    largest = max(sizes[i] for i in streamed)
+    places = min(staging, host // largest)
+    if places == 0:
+        raise CapacityError(
+            f"host memory holds {_mb(host)}, and a block passes through it from the disk: {_mb(largest)}",
+            remedy=f"give the cpu level at least {_mb(largest)}",
+        )
+    stay = set(spread(streamed, sizes, host - places * largest))
+    return [i for i in streamed if i not in stay], places
+
+
+def spread(which: Sequence[int], sizes: Sequence[int], capacity: int) -> list[int]:
+    """Of `which`, in order, those that stay within `capacity`: evenly by bytes, and then whatever still fits."""
+    total = sum(sizes[i] for i in which)
+    if total <= capacity:
+        return list(which)
+    chosen, left, debt = [], capacity, 0.0
+    share = max(capacity, 0) / total
+    for i in which:
+        debt += sizes[i] * share
+        if debt >= sizes[i] - 1e-6 and sizes[i] <= left:
+            chosen.append(i)
+            left -= sizes[i]
+            debt -= sizes[i]
+    for i in sorted(set(which) - set(chosen), key=lambda i: -sizes[i]):
+        if sizes[i] <= left:
+            chosen.append(i)
+            left -= sizes[i]
+    return sorted(chosen)
+
+
+def _made(sizes: list[int], homes: list[int], slots: int, slot: int, always: int, staging: int = 0) -> Plan:
+    by_home = [sum(size for size, home in zip(sizes, homes, strict=True) if home == level) for level in range(3)]
+    on_disk = [size for size, home in zip(sizes, homes, strict=True) if home == DISK]
+    place = max(on_disk, default=0) if staging else 0
+    return Plan(
+        homes=tuple(homes),
+        slots=slots,
+        slot_bytes=slot,
+        staging=staging,
+        staging_bytes=place,
+        device_bytes=always + by_home[DEVICE] + slots * slot,
+        host_bytes=by_home[HOST] + staging * place,
+        disk_bytes=by_home[DISK],
+        streamed_bytes=by_home[HOST] + by_home[DISK],
+    )
+
+
+def _mb(count: float) -> str:
+    return f"{count / 10**6:,.1f} MB"
