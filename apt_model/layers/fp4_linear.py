@@ -134,6 +134,10 @@ class FusedFP4Linear(PackedModule, nn.Linear):
         """The packed weight, by the name from which PEFT knows to call `dequantize`."""
         return self.packed_weight("weight").packed
 
+    def order_for(self, device: torch.device) -> None:
+        """As `PackedModule` says."""
+        self._order_for("weight", device, gated=self.activation == "swiglu")
+
     def dequantize(self) -> Tensor:
         """W [out, in] in the layer's type: a new tensor."""
         return dequantize_in_slabs(self.packed_weight("weight"), self.dtype)

@@ -134,6 +134,32 @@ class PackedModule(nn.Module):
             order = self._order(name)
         return order or self.packed_weight(name)
 
+    def order_for(self, device: torch.device) -> None:
+        """Bring the weights that products on `device` take in an order of their own into it, and leave them here.
+
+        For whoever keeps the bytes elsewhere and puts them on `device` for a product (`core/placement.py`).
+        """
+
+    def _order_for(self, name: str, device: torch.device, *, gated: bool) -> None:
+        """`order_for` of one weight."""
+        if not fp4.wants_order(FORMATS[self.format], device, self.dtype) or name in self.fixed:
+            return
+        with _MOVING, torch.inference_mode(mode=False):
+            weight = self.packed_weight(name)
+            home = weight.packed.device
+            moved = PackedWeight(
+                *(part.to(device) if isinstance(part, Tensor) else part for part in weight)  # type: ignore[arg-type]
+            )
+            order = fp4.shuffle_if_reversible(moved, self.dtype, gated=gated)
+            if order is not None:
+                order = order._replace(words=order.words.to(home), scales=order.scales.to(home))
+            self._settle_order(name, order)
+
+    def leave_order(self) -> None:
+        """Bring all weights back into the order of files."""
+        for name in list(self.orders):
+            self.restore(name)
+
     def restore(self, name: str) -> None:
         """Bring the parameters of `name` back from the kernels' order to that of files."""
         with _MOVING, torch.inference_mode(mode=False):
@@ -178,15 +204,19 @@ class PackedModule(nn.Module):
             if found is not None and found.dtype == dtype and found.gated == gated:
                 return
             order = fp4.shuffle_if_reversible(self.packed_weight(name), dtype, gated=gated)
-            if order is None:
-                self.fixed = self.fixed | {name}
-                return
-            self.orders.pop(name, None)  # first: who reads now waits
-            self._replace(name, order.words, order.scales)
-            held: Mapping[str, Any] = self._parameters
-            self.orders[name] = order._replace(
-                words=held[f"{name}_packed"], scales=held[f"{name}_scale"], global_scale=held[f"{name}_global_scale"]
-            )
+            self._settle_order(name, order)
+
+    def _settle_order(self, name: str, order: Shuffled | None) -> None:
+        """Let the parameters of `name` be those of `order`; None: they cannot be."""
+        if order is None:
+            self.fixed = self.fixed | {name}
+            return
+        self.orders.pop(name, None)  # first: who reads now waits
+        self._replace(name, order.words, order.scales)
+        held: Mapping[str, Any] = self._parameters
+        self.orders[name] = order._replace(
+            words=held[f"{name}_packed"], scales=held[f"{name}_scale"], global_scale=held[f"{name}_global_scale"]
+        )
 
     def _may_reorder(self, name: str, dtype: torch.dtype) -> bool:
         packed: Any = self._parameters[f"{name}_packed"]

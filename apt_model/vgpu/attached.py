@@ -1,10 +1,8 @@
 """A model in the levels of a stack: how its blocks are moved there, and given back."""
 
-import contextlib
 import ctypes
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apt_model.core.errors import CapacityError, InputError
+from apt_model.core.errors import CapacityError
 from apt_model.vgpu.arena import HostArena, Region
-from apt_model.vgpu.blob import Packed, Seen, bytes_of, pack
-from apt_model.vgpu.disk import DiskStore
-from apt_model.vgpu.lanes import Lanes
+from apt_model.vgpu.blob import Packed, Seen, pack
 from apt_model.vgpu.level import Level
+from apt_model.vgpu.memory import Memory
 from apt_model.vgpu.places import Places, Source
 from apt_model.vgpu.planner import DEVICE, DISK, Blob, Capacities, Plan, padded, plan
 from apt_model.vgpu.streaming import Home, Streaming
@@ -25,6 +22,8 @@ from apt_model.vgpu.windows import Found, Stored, Window, find
 
 # How often blocks are taken apart further where level 1 is too small for them.
 _HALVINGS = 12
+# Bytes of host memory that are pinned at once at least: of each piece a part may be lost, and pinning has a price.
+_BATCH = 256 << 20
 
 
 class Layout:
@@ -62,7 +61,9 @@ def lay_out(model: nn.Module, capacities: Capacities, slots: int) -> Layout:
     """Take a model apart into the largest blocks with which all slots fit; `CapacityError` where none do."""
     buffers = sum(buffer.untyped_storage().nbytes() for buffer in _buffers(model))
     total = sum(each.nbytes for each in find(model, 0).stored)
-    limit = capacities.device if total + buffers <= capacities.device else capacities.device // (slots + 1)
+    limit = (
+        capacities.device if total + buffers <= capacities.device else (capacities.device - padded(buffers)) // slots
+    )
     best: Layout | None = None
     fault: CapacityError | None = None
     for _ in range(_HALVINGS):
@@ -82,6 +83,23 @@ def lay_out(model: nn.Module, capacities: Capacities, slots: int) -> Layout:
     return best
 
 
+def prepare(model: nn.Module, device: torch.device) -> None:
+    """Have layers bring their weights into the order in which they compute on `device`: bytes then stay as they are."""
+    for module in model.modules():
+        order = getattr(module, "order_for", None)
+        if callable(order):
+            order(device)
+
+
+def leave_order(model: nn.Module, device: torch.device) -> None:
+    """Undo `prepare` for layers that are elsewhere."""
+    for module in model.modules():
+        leave = getattr(module, "leave_order", None)
+        first = next(module.parameters(recurse=False), None)
+        if callable(leave) and first is not None and first.device != device:
+            leave()
+
+
 def _streamed(layout: Layout) -> int:
     return sum(home != DEVICE for home in layout.plan.homes)
 
@@ -93,12 +111,10 @@ def _buffers(model: nn.Module) -> list[Tensor]:
 class Attached(Home):
     """What a stack holds of one model."""
 
-    def __init__(
-        self, model: nn.Module, layout: Layout, lanes: Lanes, levels: list[Level], arena: HostArena | None,
-        store: DiskStore | None, prefix: str,
-    ) -> None:  # fmt: skip
-        self.model, self.layout, self.levels = model, layout, levels
-        self._lanes, self._arena, self._store, self._prefix = lanes, arena, store, prefix
+    def __init__(self, model: nn.Module, layout: Layout, memory: Memory, prefix: str) -> None:
+        self.model, self.layout, self._memory, self._prefix = model, layout, memory, prefix
+        self._lanes, self._arena, self._store = memory.lanes, memory.arena, memory.store
+        self._residents: dict[int, Tensor] = {}  # by a blob's id
         self._regions: list[Region] = []
         self._host: dict[int, Tensor] = {}
         self._stages: list[Tensor] = []
@@ -118,7 +134,7 @@ class Attached(Home):
 
     def _build(self) -> None:
         chosen = self.layout.plan
-        self.levels[0].take(chosen.device_bytes, f"the model's share of {chosen.device_bytes} bytes")
+        self._memory.first.take(chosen.device_bytes, f"the model's share of {chosen.device_bytes} bytes")
         self._held = chosen.device_bytes
         memory = self._on_device(padded(chosen.device_bytes - padded(self._buffer_bytes())))
         places = [memory[i * chosen.slot_bytes : (i + 1) * chosen.slot_bytes] for i in range(chosen.slots)]
@@ -134,20 +150,32 @@ class Attached(Home):
             blob.fill(own)
             self._settle(blob, i, own)
         sources = {}
-        for i, blob in enumerate(self.layout.blobs):
-            if chosen.homes[i] != DEVICE:
-                sources[i] = self._place(i, blob, on_disk=chosen.homes[i] == DISK)
+        for batch in self._batches():
+            homes = self._rooms(batch)
+            for i in batch:
+                blob = self.layout.blobs[i]
+                sources[i] = self._place(i, blob, homes.get(i))
                 self._settle(blob, i, places[0])
         if not sources:
             return
         streamed = {i: self.layout.blobs[i] for i in sources}
-        self.places = Places(places, sources, self._lanes, self.levels[0], self._store, self._stages)
+        self.places = Places(places, self._stages, sources, self._memory)
         needs = [[blob for blob in need if blob in sources] for need in self.layout.needs]
-        self.streaming = Streaming(self.model, self.layout.windows, needs, streamed, self.places, self)
+        self.streaming = Streaming(self.model, self.layout.windows, needs, streamed, places=self.places, home=self)
         self._handles = [
             self.model.register_state_dict_pre_hook(functools.partial(_host_reads, self.streaming, True)),
             self.model.register_state_dict_post_hook(functools.partial(_host_reads, self.streaming, False)),
         ]
+
+    @property
+    def _host_level(self) -> Level:
+        assert self._memory.host is not None
+        return self._memory.host
+
+    @property
+    def _disk_level(self) -> Level:
+        assert self._memory.disk is not None
+        return self._memory.disk
 
     def _on_device(self, count: int) -> Tensor:
         """Memory on level 1, from a page's start."""
@@ -168,30 +196,55 @@ class Attached(Home):
 
     def _take(self, count: int) -> Region:
         assert self._arena is not None
-        self.levels[1].take(padded(count), "a block")
+        self._host_level.take(padded(count), "a block")
         self._counted += padded(count)
         try:
             region = self._arena.take(padded(count))
         except BaseException:
-            self.levels[1].give(padded(count))
+            self._host_level.give(padded(count))
             self._counted -= padded(count)
             raise
         self._regions.append(region)
         return region
 
-    def _place(self, number: int, blob: Packed, *, on_disk: bool) -> Source:
-        """Copy a blob to where it lives."""
-        if on_disk:
-            assert self._store is not None and self._scratch is not None
+    def _batches(self) -> Iterator[list[int]]:
+        """Blobs that are streamed, in pieces of host memory that are worth pinning by themselves."""
+        batch: list[int] = []
+        size = 0
+        for i, blob in enumerate(self.layout.blobs):
+            if self.layout.plan.homes[i] != DEVICE:
+                batch.append(i)
+                size += padded(blob.nbytes) if self.layout.plan.homes[i] != DISK else 0
+                if size >= _BATCH:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _rooms(self, batch: list[int]) -> dict[int, Tensor]:
+        """Host memory for those of a batch that live there."""
+        sizes = {i: padded(self.layout.blobs[i].nbytes) for i in batch if self.layout.plan.homes[i] != DISK}
+        if not sizes:
+            return {}
+        memory, at, rooms = self._take(sum(sizes.values())).tensor, 0, {}
+        for i, size in sizes.items():
+            rooms[i] = memory[at : at + size]
+            at += size
+        return rooms
+
+    def _place(self, number: int, blob: Packed, room: Tensor | None) -> Source:
+        """Copy a blob to where it lives: this room, or without one the disk."""
+        if room is None:
+            assert self._store is not None
+            assert self._scratch is not None
             memory = self._scratch[: blob.nbytes]
             blob.fill(memory)
             self._store.write(self._key(number), memory)
-            self.levels[-1].take(padded(blob.nbytes), f"block {blob.name}")
+            self._disk_level.take(padded(blob.nbytes), f"block {blob.name}")
             return Source(blob.nbytes, None, self._key(number))
-        region = self._take(blob.nbytes)
-        blob.fill(region.tensor)
-        self._host[number] = region.tensor
-        return Source(blob.nbytes, region.tensor, None)
+        blob.fill(room)
+        self._host[number] = room
+        return Source(blob.nbytes, room, None)
 
     def _settle(self, blob: Packed, number: int | None, memory: Tensor) -> None:
         """Let a blob's parameters see `memory`; what they had before goes."""
@@ -199,11 +252,7 @@ class Attached(Home):
         for seen in blob.seen:
             seen.parameter.data = seen.view(memory)
         if number is None or self.layout.plan.homes[number] == DEVICE:
-            self._resident_memory[id(blob)] = memory
-
-    @property
-    def _resident_memory(self) -> dict[int, Tensor]:
-        return self.__dict__.setdefault("_residents", {})
+            self._residents[id(blob)] = memory
 
     def _key(self, number: int) -> str:
         return f"{self._prefix}{number}"
@@ -241,34 +290,35 @@ class Attached(Home):
                 for seen in blob.seen:
                     if seen.offset == offset and any(seen.parameter is each for each in stored.parameters):
                         size = seen.nbytes
-                        seen.parameter.data = fresh[:size].view(seen.dtype).as_strided(
-                            seen.size, seen.stride, seen.storage_offset
+                        seen.parameter.data = (
+                            fresh[:size].view(seen.dtype).as_strided(seen.size, seen.stride, seen.storage_offset)
                         )
             if number is not None and self._store is not None and self._key(number) in self._store:
                 self._store.delete(self._key(number))
-                self.levels[-1].give(padded(blob.nbytes))
+                self._disk_level.give(padded(blob.nbytes))
         self._moved.clear()
         for module, name, buffer in self._buffers:
             now = module._buffers.get(name)  # noqa: SLF001
             if now is not None and now.device != buffer.device:
                 module._buffers[name] = now.to(buffer.device)  # noqa: SLF001
         self._buffers.clear()
+        leave_order(self.model, self._lanes.device)
         self._host.clear()
         self._stages = []
-        self._residents = {}
+        self._residents.clear()
         for region in self._regions:
             assert self._arena is not None
             self._arena.give(region)
         self._regions.clear()
         if self._counted:
-            self.levels[1].give(self._counted)
+            self._host_level.give(self._counted)
             self._counted = 0
-        self.levels[0].give(self._held)
+        self._memory.first.give(self._held)
         self._held = 0
 
     def _bytes_of(self, blob: Packed, number: int | None) -> Tensor:
-        if id(blob) in self._resident_memory:
-            return self._resident_memory[id(blob)]
+        if id(blob) in self._residents:
+            return self._residents[id(blob)]
         assert number is not None
         if number in self._host:
             return self._host[number]

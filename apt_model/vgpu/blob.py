@@ -60,7 +60,9 @@ def pack(name: str, stored: list[Stored]) -> Packed:
             data = parameter.data
             size = each.nbytes // data.element_size() * data.element_size()
             seen.append(
-                Seen(parameter, at, size, data.dtype, tuple(data.shape), tuple(data.stride()), data.storage_offset())
+                Seen(
+                    parameter, at, size, data.dtype, tuple(data.shape), tuple(data.stride()), int(data.storage_offset())
+                )
             )
         at = padded(at + each.nbytes, _ALIGNED)
     return Packed(name, max(at, _ALIGNED), places, seen)

@@ -72,7 +72,9 @@ class VGPUConfig:
             kinds[0] == HOST or below != [DISK], "VGPUStack: levels", "a 'cpu' level between an accelerator and 'ssd', "
             "through which it reaches the disk", kinds,
         )  # fmt: skip
-        require(isinstance(self.slots, int) and self.slots > 0, "VGPUStack: slots", "a whole number above 0", self.slots)
+        require(
+            isinstance(self.slots, int) and self.slots > 0, "VGPUStack: slots", "a whole number above 0", self.slots
+        )
 
     @classmethod
     def of(cls, config: "VGPUConfig | Mapping[str, Any]") -> "VGPUConfig":
@@ -82,7 +84,8 @@ class VGPUConfig:
         if not isinstance(config, Mapping) or not isinstance(config.get("levels"), list | tuple):
             raise ConfigError(
                 f"VGPUStack: expected a dictionary with a list of 'levels', got {config!r}",
-                remedy='{"levels": [{"capacity_mb": 2000, "device": "cuda:0"}, {"capacity_mb": 8000, "device": "cpu"}]}',
+                remedy='for one: {"levels": [{"capacity_mb": 2000, "device": "cuda:0"}, {"capacity_mb": 8000, '
+                '"device": "cpu"}]}',
             )
         levels = tuple(_made(LevelConfig, level, f"level {i + 1}") for i, level in enumerate(config["levels"]))
         return _made(cls, {**config, "levels": levels}, "VGPUStack")

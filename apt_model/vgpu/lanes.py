@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
 
 class Nothing:
     """A stream or an event on a device that has none."""
 
-    def __enter__(self) -> "Nothing":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -21,15 +21,16 @@ _ATTRIBUTES = (
     "output_nr", "_backward_hooks",
 )  # fmt: skip
 _METHODS = (
-    "size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset", "is_contiguous", "is_floating_point",
-    "is_complex", "get_device", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "__len__",
-    "__hash__", "is_inference",
+    "size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset", "is_contiguous",
+    "is_floating_point", "is_complex", "get_device", "requires_grad_", "register_hook",
+    "register_post_accumulate_grad_hook", "__len__", "__hash__", "is_inference",
 )  # fmt: skip
+_GRAD: Any = Tensor.grad
 _METADATA: frozenset[Any] = frozenset((
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES if hasattr(Tensor, name)),
     *(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)),
     *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
-    Tensor.grad.__delete__, torch.is_floating_point, torch.is_complex, torch.numel,
+    _GRAD.__delete__, torch.is_floating_point, torch.is_complex, torch.numel,
 ))  # fmt: skip
 
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -60,7 +61,6 @@ class StreamedParameter(nn.Parameter):
                 return func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         return _with_values(func, leaves, spec, 0)
-
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """A parameter of its own, with the values."""

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from apt_model.core.errors import CapacityError, StorageError
-from apt_model.vgpu.disk import DiskStore
 from apt_model.vgpu.lanes import Lanes
-from apt_model.vgpu.level import Level
+from apt_model.vgpu.memory import Memory
 
 
 class Place:
@@ -39,8 +38,8 @@ class Stage:
     __slots__ = ("blob", "copied", "memory", "read")
 
     def __init__(self, memory: Tensor, lanes: Lanes) -> None:
-        self.memory, self.blob, self.read, self.copied = memory, -1, None, lanes.event()
-        self.read: Any
+        self.memory, self.blob, self.copied = memory, -1, lanes.event()
+        self.read: Any = None
 
 
 class Places:
@@ -49,12 +48,10 @@ class Places:
     Not for several threads at once: the caller holds a lock.
     """
 
-    def __init__(
-        self, memory: list[Tensor], sources: dict[int, Source], lanes: Lanes, level: Level, store: DiskStore | None,
-        stages: list[Tensor],
-    ) -> None:  # fmt: skip
-        self.lanes, self._sources, self._level, self._store = lanes, sources, level, store
-        self.all = [Place(each, lanes) for each in memory]
+    def __init__(self, slots: list[Tensor], stages: list[Tensor], sources: dict[int, Source], memory: Memory) -> None:
+        lanes = self.lanes = memory.lanes
+        self._sources, self._level, self._store = sources, memory.first, memory.store
+        self.all = [Place(each, lanes) for each in slots]
         self._stages = [Stage(each, lanes) for each in stages]
         self.where: dict[int, Place] = {}
         self.waited_s = 0.0  # of the host, for the disk
@@ -66,7 +63,7 @@ class Places:
         place = self.where.get(blob)
         there = place is not None
         if place is None:
-            place = self._victim(set(ahead), blob)
+            place = self._victim(set(ahead))
             self._start(blob, place)
         place.pins += 1
         try:
@@ -152,7 +149,7 @@ class Places:
         pair[1].record(stream)
         self._timed.append((pair[0], pair[1]))
 
-    def _victim(self, ahead: set[int], blob: int) -> Place:
+    def _victim(self, ahead: set[int]) -> Place:
         idle = [place for place in self.all if place.pins == 0]
         if not idle:
             raise CapacityError(
@@ -177,7 +174,8 @@ class Places:
             place.pending = self._staged(blob)
             self._pump()
         else:
-            assert self._store is not None and source.key is not None
+            assert self._store is not None
+            assert source.key is not None
             place.pending = self._store.read_async(source.key, place.memory)
 
     def _copy(self, memory: Tensor, place: Place, nbytes: int) -> None:

@@ -77,8 +77,8 @@ def plan(
     """
     sizes = [padded(blob.nbytes) for blob in blobs]
     if always + sum(sizes) <= capacities.device:
-        return _made(sizes, [DEVICE] * len(sizes), 0, 0, always)
-    homes, count, slot = _residents(blobs, sizes, capacities.device, always, slots, at_once)
+        return _made(sizes, [DEVICE] * len(sizes), always, 0, 0)
+    homes, count, slot = _residents(blobs, sizes, capacities.device, always=always, slots=slots, at_once=at_once)
     streamed = [i for i, home in enumerate(homes) if home != DEVICE]
     need = sum(sizes[i] for i in streamed)
     if capacities.host is None:
@@ -95,13 +95,15 @@ def plan(
         homes[i] = DISK
     on_disk_bytes = sum(sizes[i] for i in on_disk)
     if capacities.disk is not None and on_disk_bytes > capacities.disk:
-        held = f"{_mb(need)} are streamed, {_mb(on_disk_bytes)} of them from the disk, which holds {_mb(capacities.disk)}"
+        held = (
+            f"{_mb(need)} are streamed, {_mb(on_disk_bytes)} of them from the disk, which holds {_mb(capacities.disk)}"
+        )
         raise CapacityError(held, remedy=f"give the disk at least {_mb(on_disk_bytes)}, or the levels above it more")
-    return _made(sizes, homes, count, slot, always, places)
+    return _made(sizes, homes, always, count, slot, staging=places)
 
 
 def _residents(
-    blobs: Sequence[Blob], sizes: list[int], capacity: int, always: int, slots: int, at_once: int
+    blobs: Sequence[Blob], sizes: list[int], capacity: int, *, always: int, slots: int, at_once: int
 ) -> tuple[list[int], int, int]:
     """Homes (DEVICE or HOST), how many slots there are, and their size."""
     largest = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
@@ -184,7 +186,7 @@ def spread(which: Sequence[int], sizes: Sequence[int], capacity: int) -> list[in
     return sorted(chosen)
 
 
-def _made(sizes: list[int], homes: list[int], slots: int, slot: int, always: int, staging: int = 0) -> Plan:
+def _made(sizes: list[int], homes: list[int], always: int, slots: int, slot: int, *, staging: int = 0) -> Plan:
     by_home = [sum(size for size, home in zip(sizes, homes, strict=True) if home == level) for level in range(3)]
     on_disk = [size for size, home in zip(sizes, homes, strict=True) if home == DISK]
     place = max(on_disk, default=0) if staging else 0

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 class Predictor:
     """Learns the order in which numbers come; begins with a guess.
 
-    What came before the last one is looked at too, so that a block that is used twice in a pass has both its successors.
+    What came before the last one is looked at too, so that a block used twice in a pass has both its successors.
     """
 
     def __init__(self, guess: Iterable[int]) -> None:

@@ -3,23 +3,19 @@
 import itertools
 import logging
 import threading
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
-from apt_model.core.errors import InputError
-from apt_model.core.system.manager import get_device_manager
-from apt_model.vgpu.arena import DevicePin, HostArena
-from apt_model.vgpu.attached import Attached, Layout, lay_out
-from apt_model.vgpu.config import DISK, HOST, VGPUConfig
-from apt_model.vgpu.disk import DiskStore
-from apt_model.vgpu.lanes import Lanes
-from apt_model.vgpu.level import Level
+from apt_model.core.errors import CapacityError, InputError, StorageError
+from apt_model.vgpu.attached import Attached, Layout, lay_out, leave_order, prepare
+from apt_model.vgpu.config import VGPUConfig
+from apt_model.vgpu.keyed import KeyedTensors
+from apt_model.vgpu.memory import memory_of
 from apt_model.vgpu.planner import Capacities
 
 LOG = logging.getLogger(__name__)
@@ -37,26 +33,68 @@ class VGPUStack:
 
     def __init__(self, config: VGPUConfig | Mapping[str, Any]) -> None:
         self.config = VGPUConfig.of(config)
-        first = self.config.levels[0]
-        self._manager = get_device_manager(first.device)
-        self.device = torch.device(first.device)
-        self._lanes = Lanes(self.device)
-        self.levels = [Level(level) for level in self.config.levels]
+        self._memory = memory_of(self.config)
+        self.levels = self._memory.levels
+        self.device = self._memory.lanes.device
+        self._keyed = KeyedTensors(self._memory)
         self._lock = threading.RLock()
         self._models: dict[int, Attached] = {}
         self._numbers = itertools.count()
         self._closed = False
-        below = self.config.levels[1:]
-        self._arena = HostArena(below[0].capacity, pin=self._pin()) if below and below[0].device == HOST else None
-        self._store: DiskStore | None = None
-        if below and below[-1].device == DISK:
-            path = below[-1].path
-            self._store = DiskStore(None if path is None else Path(path), below[-1].capacity)
+        self._mover: ThreadPoolExecutor | None = None
 
     @classmethod
     def from_config(cls, config: VGPUConfig | Mapping[str, Any]) -> Self:
         """A stack of a dictionary: {"levels": [{"capacity_mb": ..., "device": ...}, ...]}."""
         return cls(config)
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Keep a copy of `tensor` on the highest level that has room, from which what was used longest ago moves down.
+
+        Raises:
+            CapacityError: no level has room, even after moving; nothing is lost.
+        """
+        with self._lock:
+            self._check_open()
+            self._keyed.put(key, tensor)
+
+    def get(self, key: str) -> Tensor:
+        """A copy of the tensor, byte for byte, on level 1's device; it moves to level 1. `KeyError` for a stranger."""
+        with self._lock:
+            self._check_open()
+            return self._keyed.get(key)
+
+    def prefetch(self, keys: Iterable[str]) -> None:
+        """Begin to bring tensors to level 1 in this order, and go on; strangers are passed over."""
+        keys = [keys] if isinstance(keys, str) else list(keys)
+        with self._lock:
+            self._check_open()
+            if self._mover is None:
+                self._mover = ThreadPoolExecutor(1, "apt-vgpu-prefetch")
+            for key in keys:
+                self._mover.submit(self._promote, key)
+
+    def delete(self, key: str) -> None:
+        """Forget a tensor. `KeyError` for a stranger."""
+        with self._lock:
+            self._check_open()
+            self._keyed.delete(key)
+
+    def __contains__(self, key: object) -> bool:
+        with self._lock:
+            return key in self._keyed
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._keyed)
+
+    def _promote(self, key: str) -> None:
+        with self._lock:
+            if not self._closed:
+                try:
+                    self._keyed.promote(key)
+                except StorageError as error:  # which `get` raises
+                    LOG.info("prefetch of %r: %s", key, error.message)
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Move the weights of `model` to the levels, and stream them from there; returns the model.
@@ -70,11 +108,14 @@ class VGPUStack:
             self._check_open()
             if id(model) in self._models:
                 raise InputError("the model is attached to this stack already")
-            layout = self._layout(model)
+            prepare(model, self.device)
+            try:
+                layout = self._layout(model)
+            except CapacityError:
+                leave_order(model, self.device)
+                raise
             prefix = f"model-{next(self._numbers)}-"
-            self._models[id(model)] = Attached(
-                model, layout, self._lanes, self.levels, self._arena, self._store, prefix
-            )
+            self._models[id(model)] = Attached(model, layout, self._memory, prefix)
         return model
 
     def detach(self, model: nn.Module) -> nn.Module:
@@ -108,11 +149,12 @@ class VGPUStack:
             for attached in self._models.values():
                 attached.restore()
             self._models.clear()
+            self._keyed.clear()
             self._closed = True
-            if self._arena is not None:
-                self._arena.close()
-            if self._store is not None:
-                self._store.close()
+        if self._mover is not None:
+            self._mover.shutdown(cancel_futures=True)
+        with self._lock:
+            self._memory.close()
 
     def __enter__(self) -> Self:
         return self
@@ -123,19 +165,14 @@ class VGPUStack:
         self.close()
 
     def _layout(self, model: nn.Module) -> Layout:
-        below = dict(zip([level.config.device for level in self.levels[1:]], self.levels[1:], strict=True))
+        memory = self._memory
         capacities = Capacities(
-            device=self.levels[0].free,
-            host=below[HOST].free if HOST in below else None,
-            disk=below[DISK].free if DISK in below else None,
+            device=memory.first.free,
+            host=None if memory.host is None else memory.host.free,
+            disk=None if memory.disk is None else memory.disk.free,
         )
         return lay_out(model, capacities, self.config.slots)
-
-    def _pin(self) -> Any:
-        """The driver's registration of host memory; None where level 1 reads host memory as it is."""
-        return DevicePin(self._manager) if self._lanes.real else None
 
     def _check_open(self) -> None:
         if self._closed:
             raise InputError("the stack is closed", remedy="make a new one")
-

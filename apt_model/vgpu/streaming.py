@@ -44,7 +44,7 @@ class Streaming:
     """
 
     def __init__(
-        self, model: nn.Module, windows: list[Window], needs: list[list[int]], blobs: dict[int, Packed],
+        self, model: nn.Module, windows: list[Window], needs: list[list[int]], blobs: dict[int, Packed], *,
         places: Places, home: "Home",
     ) -> None:  # fmt: skip
         self._windows, self._needs, self._blobs, self._places, self._home = windows, needs, blobs, places, home
@@ -219,7 +219,7 @@ class Streaming:
             try:
                 values = seen.view(place.memory)
                 if torch.is_grad_enabled():  # which may keep them for longer than they are there
-                    values = _Values.apply(parameter, values) if parameter.requires_grad else values.clone()
+                    values = _VALUES(parameter, values) if parameter.requires_grad else values.clone()
                 version = values._version  # noqa: SLF001
                 result = call(values)
                 if values._version != version:  # noqa: SLF001
@@ -296,14 +296,17 @@ class _Values(torch.autograd.Function):
     """Values of a parameter that is away, so that their gradient is the parameter's."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, values: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(_ctx: Any, _parameter: Tensor, values: Tensor) -> Tensor:
         """A copy that may be kept."""
         return values.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """The parameter's."""
         return grad, None
+
+
+_VALUES: Any = _Values.apply
 
 
 def _replaced(result: Any, own: Callable[[Tensor], Tensor]) -> Any:

@@ -94,7 +94,7 @@ def _check(name: str, parameter: nn.Parameter) -> None:
         )
     if type(parameter.data) is not torch.Tensor or parameter.layout != torch.strided:
         raise InputError(
-            f"{name} is a {type(parameter.data).__name__} with layout {parameter.layout}: expected a plain dense tensor",
+            f"{name} is a {type(parameter.data).__name__}, {parameter.layout}: expected a plain dense tensor",
             remedy="quantise with apt_model.optimization.quantize, whose weights are plain tensors",
         )
 

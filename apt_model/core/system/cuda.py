@@ -1,5 +1,6 @@
 """NVIDIA GPUs, and AMD GPUs through ROCm, which torch also calls CUDA. No other file says `torch.cuda`."""
 
+import contextlib
 import statistics
 import warnings
 from collections.abc import Callable
@@ -7,10 +8,13 @@ from typing import Any, final
 
 import torch
 
+from apt_model.core.errors import DeviceError
 from apt_model.core.system.device import Device, Presence
 
 # Of a graph, to time it.
 _REPLAYS = 7
+# cudaHostRegisterPortable: pinned for every GPU of the process.
+_PORTABLE = 1
 
 
 def _stream(index: int) -> int:
@@ -104,6 +108,25 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         """Wait for all streams of the GPU."""
         torch.cuda.synchronize(self.index)
+
+    def register_host(self, address: int, nbytes: int) -> bool:
+        """Pin host memory for every GPU of the process; `DeviceError` with the driver's reason where it refuses."""
+        with torch.cuda.device(self.index):
+            self._accepted(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE), f"pinning {nbytes} bytes")
+        return True
+
+    def unregister_host(self, address: int) -> None:
+        """Let go of the range that begins at `address`; copies from and to it are done."""
+        with torch.cuda.device(self.index):
+            self._accepted(torch.cuda.cudart().cudaHostUnregister(address), "unpinning")
+
+    def _accepted(self, result: Any, what: str) -> None:
+        """Raise `DeviceError` unless the runtime's result is 0."""
+        if int(result):
+            # It stays the runtime's last error, for which torch blames the next kernel: launch one to be blamed.
+            with contextlib.suppress(RuntimeError):
+                torch.empty(1, device=self.device).fill_(1)
+            raise DeviceError(f"{self.device}: {what}: {torch.cuda.cudart().cudaGetErrorString(result)}")
 
     def supports_bf16(self) -> bool:
         """NVIDIA: compute capability 8.0 (Ampere) or later. AMD: yes, as torch itself answers for ROCm."""

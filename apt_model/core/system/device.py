@@ -67,6 +67,16 @@ class Device(ABC):
         """Seed every generator that work on this device draws from, the CPU's included."""
         torch.manual_seed(seed)
 
+    def register_host(self, address: int, nbytes: int) -> bool:  # noqa: ARG002
+        """Pin host memory, so that the device copies it by itself; False where the vendor has no such thing.
+
+        `DeviceError` where the driver refuses, with its reason.
+        """
+        return False
+
+    def unregister_host(self, address: int) -> None:  # noqa: B027
+        """Let go of the range of `register_host` that begins at `address`, before its memory goes."""
+
     @classmethod
     @abstractmethod
     def presence(cls) -> Presence:

@@ -1,0 +1,380 @@
+"""The SSD as a level of memory: blobs under keys in files of one folder, read straight into the caller's memory."""
+
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+from typing_extensions import Self
+
+from apt_model.core.errors import CapacityError, ConfigError, InputError, StorageError
+from apt_model.vgpu.disk_files import (
+    ALIGNMENT,
+    DirectFile,
+    ReadHandle,
+    bytes_of,
+    fault,
+    lock_folder,
+    padded,
+    remove,
+)
+from apt_model.vgpu.disk_index import AGAIN, FILE_NAME, Blob, changed, read_index, write_index
+
+LOG = logging.getLogger(__name__)
+
+
+class DiskStore:
+    """Bytes under keys, in at most `capacity` bytes of files.
+
+    Without a folder the files are in a temporary one (TMPDIR says where), which goes with the store or the process. A
+    folder that is given belongs to one store at a time, and can be opened again with what it held at its last `flush`
+    or `close`; after a kill, blobs written since are gone, and where one of those that the index names was replaced or
+    deleted since, opening it is refused.
+
+    A write is served by up to `threads` threads, and reads by as many others, `chunk` bytes at a time in the order in
+    which they were asked for: the first read has the whole bandwidth. Memory that starts at a multiple of 4096 is read
+    and written in place, any other through a buffer of `chunk` bytes a thread. All methods may be called from any
+    thread.
+    """
+
+    def __init__(self, folder: Path | None, capacity: int, *, threads: int = 8, chunk: int = 8 << 20) -> None:
+        if threads < 1:
+            raise ConfigError(f"threads must be at least 1, and is {threads}")
+        if chunk < ALIGNMENT or chunk % ALIGNMENT:
+            raise ConfigError(f"chunk must be a multiple of {ALIGNMENT}, and is {chunk}")
+        if capacity < 0:
+            raise ConfigError(f"capacity must not be negative, and is {capacity}")
+        self.capacity, self.chunk = capacity, chunk
+        self.peak = self.bytes_read = self.bytes_written = 0
+        self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+        self._no_writes = threading.Condition(self._lock)
+        self._writes = self._reads = self._used = 0
+        self._seconds, self._busy_since = 0.0, 0.0
+        self._closed = False
+        self._kept = folder is not None
+        try:
+            if folder is None:
+                folder = Path(tempfile.mkdtemp(prefix="apt-disk-"))
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+            self.folder = folder.absolute()
+            held = lock_folder(self.folder)
+        except OSError as error:
+            raise StorageError(f"{folder or tempfile.gettempdir()} cannot hold a store: {error}") from error
+        # Not bound to the store, which it would keep alive.
+        self._release = weakref.finalize(self, _release, held, None if self._kept else self.folder, os.getpid())
+        try:
+            self._blobs = self._open()
+        except BaseException:
+            self._release()
+            raise
+        self._indexed = bool(self._blobs)
+        self._next = 1 + max((int(each.file.partition(".")[0]) for each in self._blobs.values()), default=0)
+        self._readers = ThreadPoolExecutor(threads, "apt-disk-read")
+        self._writers = ThreadPoolExecutor(threads, "apt-disk-write")
+
+    def write(self, key: str, data: Tensor) -> None:
+        """Put `data` (torch.uint8, one dimension, CPU) under `key`.
+
+        The blob that had the key stays until the new one is whole, and counts to the capacity so long.
+        """
+        view = bytes_of(data, "data")
+        room = padded(len(view))
+        with self._lock:
+            self._check_open()
+            if self._used + room > self.capacity:
+                raise CapacityError(
+                    f"blob {key!r} takes {room} bytes on disk, and of the {self.capacity} in {self.folder} "
+                    f"{self._used} are in use",
+                    state="nothing was written" + (", the key keeps its blob" if key in self._blobs else ""),
+                    remedy=f"a capacity of {self._used + room} bytes would do",
+                )
+            self._used += room
+            self.peak = max(self.peak, self._used)
+            self._writes += 1
+            path = self.folder / f"{self._next:08d}.blob"
+            self._next += 1
+        stale: Blob | None = None
+        try:
+            blob = self._write_file(key, path, view)
+            with self._lock:
+                self._check_open()
+                stale = self._blobs.get(key)
+                self._blobs[key] = blob
+                self._indexed = False
+                self.bytes_written += len(view)
+        except BaseException:
+            remove(path)
+            with self._lock:
+                self._used -= room
+            raise
+        finally:
+            if stale is not None:
+                remove(self.folder / stale.file)
+            with self._lock:
+                self._used -= padded(stale.nbytes) if stale else 0
+                self._writes -= 1
+                self._no_writes.notify_all()
+
+    def read(self, key: str, out: Tensor, *, verify: bool = True) -> None:
+        """Fill the beginning of `out` with the blob; bytes of `out` behind it stay as they are."""
+        self.read_async(key, out, verify=verify).finish()
+
+    def read_async(self, key: str, out: Tensor, *, verify: bool = True) -> ReadHandle:
+        """Begin to fill `out`, which is not to be touched until the handle's `wait`, where faults are raised.
+
+        A blob that is replaced or deleted meanwhile is still read as it was.
+        """
+        return self._begin_read(key, bytes_of(out, "out"), verify=verify)
+
+    def delete(self, key: str) -> None:
+        """Remove the blob and its file."""
+        with self._lock:
+            self._check_open()
+            blob = self._find(key)
+            del self._blobs[key]
+            self._indexed = False
+        remove(self.folder / blob.file)
+        with self._lock:
+            self._used -= padded(blob.nbytes)
+
+    def verify(self) -> None:
+        """Read every blob and compare its checksums; the first fault is raised."""
+        for key in self:
+            self._begin_read(key, None, verify=True).finish()
+
+    def flush(self) -> None:
+        """Bring all blobs and then an index of them to the disk, so that the folder can be opened again."""
+        with self._lock:
+            self._check_open()
+        self._flush()
+
+    def close(self) -> None:
+        """End reads and writes under way with an error, flush a folder that was given, remove a temporary one."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._readers.shutdown(cancel_futures=True)
+        self._writers.shutdown(cancel_futures=True)
+        with self._no_writes:
+            self._no_writes.wait_for(lambda: not self._writes)
+        try:
+            if self._kept and not self._indexed:
+                self._flush()
+        finally:
+            self._release()
+
+    def nbytes(self, key: str) -> int:
+        """Bytes of the blob."""
+        with self._lock:
+            return self._find(key).nbytes
+
+    def path_of(self, key: str) -> tuple[Path, int]:
+        """The blob's file and its bytes in it, from the first on; the file is gone once the key is written again."""
+        with self._lock:
+            blob = self._find(key)
+            return self.folder / blob.file, blob.nbytes
+
+    @property
+    def used(self) -> int:
+        """Bytes on disk, with those of writes under way."""
+        return self._used
+
+    @property
+    def seconds_reading(self) -> float:
+        """Time in which at least one read was under way."""
+        with self._lock:
+            return self._seconds + (time.perf_counter() - self._busy_since if self._reads else 0.0)
+
+    def __contains__(self, key: object) -> bool:
+        with self._lock:
+            return key in self._blobs
+
+    def __len__(self) -> int:
+        return len(self._blobs)
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            return iter(list(self._blobs))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except StorageError as failure:
+            if error is None:
+                raise
+            LOG.warning("closing the store in %s after %r: %s", self.folder, error, failure)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageError(f"the store in {self.folder} is closed")
+
+    def _find(self, key: str) -> Blob:
+        if key not in self._blobs:
+            raise StorageError(f"{self.folder} holds no blob {key!r}")
+        return self._blobs[key]
+
+    def _write_file(self, key: str, path: Path, view: memoryview) -> Blob:
+        blob = Blob(path.name, len(view), 0, self.chunk, [0] * -(-len(view) // self.chunk))
+        try:
+            _allocate(path, padded(len(view)))
+            file = DirectFile(path, os.O_RDWR)
+        except OSError as error:
+            raise fault(key, path, 0, error) from error
+
+        def serve(offset: int) -> None:
+            piece = view[offset : offset + self.chunk]
+            blob.sums[offset // self.chunk] = zlib.crc32(piece)
+            file.write(piece, offset)
+
+        def ended(_error: StorageError | None) -> None:
+            try:
+                blob.mtime_ns = os.fstat(file.descriptor).st_mtime_ns
+            finally:
+                file.close()
+
+        handle = ReadHandle(key, path, ended)
+        handle.start(self._writers, serve, blob.offsets)
+        handle.finish()
+        return blob
+
+    def _begin_read(self, key: str, view: memoryview | None, *, verify: bool) -> ReadHandle:
+        """Read into `view`, or only compare checksums."""
+        file: DirectFile | None = None
+        failure: BaseException | None = None
+        with self._lock:
+            self._check_open()
+            blob = self._find(key)
+            path = self.folder / blob.file
+            if view is not None and len(view) < blob.nbytes:
+                raise InputError(f"blob {key!r} has {blob.nbytes} bytes, and out has room for {len(view)}")
+            try:  # under the lock, or a write to the same key could remove the file first
+                file = DirectFile(path, os.O_RDONLY)
+                size = os.fstat(file.descriptor).st_size
+                if size != padded(blob.nbytes):
+                    offset = min(size, blob.nbytes)
+                    failure = changed(key, path, offset, f"{size} bytes", f"{padded(blob.nbytes)} bytes")
+            except OSError as error:
+                failure = error
+            if not self._reads:
+                self._busy_since = time.perf_counter()
+            self._reads += 1
+
+        def serve(offset: int) -> None:
+            assert file is not None
+            size = min(blob.chunk, blob.nbytes - offset)
+            compare = partial(_compare, blob.sums[offset // blob.chunk], key, path, offset)
+            if view is None:
+                file.check(size, offset, compare)
+                return
+            piece = view[offset : offset + size]
+            file.read(piece, offset)
+            if verify:
+                compare(piece)
+
+        handle = ReadHandle(key, path, partial(self._read_ended, file, blob.nbytes))
+        if failure is not None:
+            handle.fail(failure)
+        handle.start(self._readers, serve, blob.offsets if failure is None else range(0))
+        return handle
+
+    def _read_ended(self, file: DirectFile | None, nbytes: int, error: StorageError | None) -> None:
+        with self._lock:
+            self._reads -= 1
+            if not self._reads:
+                self._seconds += time.perf_counter() - self._busy_since
+            self.bytes_read += 0 if error else nbytes
+        if file is not None:
+            file.close()
+
+    def _flush(self) -> None:
+        with self._flushing:
+            with self._lock:
+                fresh = list(self._blobs.items())
+            for key, blob in fresh:
+                self._sync(key, blob)
+            with self._lock:  # so that no file goes before the index names those there are
+                for key, blob in self._blobs.items():
+                    self._sync(key, blob)
+                try:
+                    write_index(self.folder, self._blobs)
+                except OSError as error:
+                    raise StorageError(
+                        f"the index of {self.folder} was not written: {error}", state="the one before is still there"
+                    ) from error
+                self._indexed = True
+
+    def _sync(self, key: str, blob: Blob) -> None:
+        if blob.synced:
+            return
+        path = self.folder / blob.file
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if self._blobs.get(key) is blob:  # else it was replaced or deleted meanwhile
+                raise fault(key, path, 0, error) from error
+        blob.synced = True
+
+    def _open(self) -> dict[str, Blob]:
+        """What the folder held at its last flush; files of later writes are removed, as no key leads to them."""
+        blobs = read_index(self.folder)
+        self._used = self.peak = sum(padded(each.nbytes) for each in blobs.values())
+        if self._used > self.capacity:
+            raise CapacityError(f"{self.folder} holds {self._used} bytes, and the capacity is {self.capacity}")
+        files = {each.file for each in blobs.values()}
+        for found in self.folder.iterdir():
+            if FILE_NAME.fullmatch(found.name) and found.name not in files:
+                remove(found)
+        return blobs
+
+
+def _compare(expected: int, key: str, path: Path, offset: int, piece: memoryview) -> None:
+    found = zlib.crc32(piece)
+    if found != expected:
+        raise StorageError(
+            f"blob {key!r} in {path}: the {len(piece)} bytes from offset {offset} on are altered: checksum "
+            f"{found:08x}, and {expected:08x} was written",
+            remedy=AGAIN,
+        )
+
+
+def _allocate(path: Path, size: int) -> None:
+    """A new file with room on the disk, so that a full disk shows before anything is written."""
+    # Not O_DIRECT: where the file system cannot allocate, the C library writes a byte a block instead.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        if size:
+            os.posix_fallocate(descriptor, 0, size)
+    finally:
+        os.close(descriptor)
+
+
+def _release(lock: int, folder: Path | None, owner: int) -> None:
+    if os.getpid() != owner:  # a fork's copy of the store: the folder is its parent's
+        return
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone leaves it to a fork that has the descriptor too
+    os.close(lock)

@@ -1,0 +1,262 @@
+"""Tensors under keys, in whichever level has room: what is used stays high, and what has to make room moves down."""
+
+import dataclasses
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt_model.core.errors import CapacityError, InputError
+from apt_model.vgpu.arena import HostArena, Region
+from apt_model.vgpu.disk import DiskStore
+from apt_model.vgpu.level import Level, shown
+from apt_model.vgpu.memory import Memory
+from apt_model.vgpu.planner import padded
+
+
+@dataclasses.dataclass(eq=False)
+class _Entry:
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    held: Any = None
+    """What its level holds of it."""
+
+    @property
+    def room(self) -> int:
+        return padded(max(self.nbytes, 1))
+
+
+class _OnDevice:
+    """Entries as tensors of their own on level 1."""
+
+    def __init__(self, level: Level, device: torch.device) -> None:
+        self.level, self._device = level, device
+
+    def keep(self, entry: _Entry, data: Tensor) -> Any:
+        self.level.take(entry.room, f"tensor {entry.key!r}")
+        try:
+            memory = torch.empty(entry.nbytes, dtype=torch.uint8, device=self._device)
+            return memory.copy_(data)
+        except BaseException:
+            self.level.give(entry.room)
+            raise
+
+    def bytes_of(self, entry: _Entry) -> Tensor:
+        held: Tensor = entry.held
+        return held
+
+    def drop(self, entry: _Entry, _held: Any) -> None:
+        self.level.give(entry.room)
+
+
+class _OnHost:
+    """Entries in the arena."""
+
+    def __init__(self, level: Level, arena: HostArena) -> None:
+        self.level, self._arena = level, arena
+
+    def keep(self, entry: _Entry, data: Tensor) -> Any:
+        self.level.take(entry.room, f"tensor {entry.key!r}")
+        try:
+            region = self._arena.take(entry.room)
+        except BaseException:
+            self.level.give(entry.room)
+            raise
+        region.tensor[: entry.nbytes].copy_(data)
+        return region
+
+    def bytes_of(self, entry: _Entry) -> Tensor:
+        region: Region = entry.held
+        return region.tensor[: entry.nbytes]
+
+    def drop(self, entry: _Entry, held: Any) -> None:
+        self._arena.give(held)
+        self.level.give(entry.room)
+
+
+class _OnDisk:
+    """Entries as files."""
+
+    def __init__(self, level: Level, store: DiskStore) -> None:
+        self.level, self._store = level, store
+
+    def keep(self, entry: _Entry, data: Tensor) -> Any:
+        self.level.take(entry.room, f"tensor {entry.key!r}")
+        name = f"key-{id(entry)}-{entry.key}"
+        try:
+            self._store.write(name, _at_least_one(data).cpu())
+        except BaseException:
+            self.level.give(entry.room)
+            raise
+        return name
+
+    def bytes_of(self, entry: _Entry) -> Tensor:
+        memory = torch.empty(entry.room, dtype=torch.uint8)
+        self._store.read(entry.held, memory)
+        return memory[: entry.nbytes]
+
+    def drop(self, entry: _Entry, held: Any) -> None:
+        self._store.delete(held)
+        self.level.give(entry.room)
+
+
+class KeyedTensors:
+    """What `VGPUStack.put` and `get` keep; the caller holds a lock."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._device = memory.lanes.device
+        self._tiers: list[Any] = [_OnDevice(memory.first, self._device)]
+        if memory.host is not None and memory.arena is not None:
+            self._tiers.append(_OnHost(memory.host, memory.arena))
+        if memory.disk is not None and memory.store is not None:
+            self._tiers.append(_OnDisk(memory.disk, memory.store))
+        # By level, what was used longest ago first.
+        self._held: list[OrderedDict[str, _Entry]] = [OrderedDict() for _ in self._tiers]
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Keep a copy of `tensor`; what the key had before goes when the new one is kept."""
+        if not isinstance(key, str):
+            raise InputError(f"VGPUStack.put: expected a key of type str, got {type(key).__name__}")
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            raise InputError(f"VGPUStack.put({key!r}): expected a dense torch.Tensor, got {type(tensor).__name__}")
+        plain = tensor.detach().contiguous()
+        data = plain.reshape(-1).view(torch.uint8) if plain.numel() else plain.new_empty(0, dtype=torch.uint8)
+        before = self._find(key)
+        entry = _Entry(key, tensor.dtype, tuple(tensor.shape), data.numel())
+        at = self._keep(entry, data, 0, spared=key)
+        if before is not None:
+            self._remove(key, before)
+        self._held[at][key] = entry
+
+    def get(self, key: str) -> Tensor:
+        """A copy of what the key has, on level 1's device."""
+        at = self._find(key)
+        if at is None:
+            raise KeyError(key)
+        for above in range(at):
+            self._tiers[above].level.misses += 1
+        self._tiers[at].level.hits += 1
+        entry = self._held[at][key]
+        data = self._tiers[at].bytes_of(entry)
+        if at > 0:
+            data = self._promote(entry, at, data)
+        else:
+            self._held[0].move_to_end(key)
+        copied = data.to(self._device, copy=True)
+        return copied.view(entry.dtype).reshape(entry.shape)
+
+    def promote(self, key: str) -> None:
+        """Bring a key to level 1 where it fits; one that is not there is left alone."""
+        at = self._find(key)
+        if at:
+            entry = self._held[at][key]
+            self._promote(entry, at, self._tiers[at].bytes_of(entry))
+
+    def delete(self, key: str) -> None:
+        """Forget what the key has."""
+        at = self._find(key)
+        if at is None:
+            raise KeyError(key)
+        self._remove(key, at)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for at, held in enumerate(self._held):
+            for key in list(held):
+                self._remove(key, at)
+
+    def __contains__(self, key: object) -> bool:
+        return any(key in held for held in self._held)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._held))
+
+    def _find(self, key: object) -> int | None:
+        return next((at for at, held in enumerate(self._held) if key in held), None)
+
+    def _remove(self, key: str, at: int) -> None:
+        entry = self._held[at].pop(key)
+        self._tiers[at].drop(entry, entry.held)
+
+    def _promote(self, entry: _Entry, at: int, data: Tensor) -> Tensor:
+        """Move an entry to level 1, and give its bytes there; where it cannot go up they are given as they are."""
+        level = self._tiers[0].level
+        if entry.room > level.capacity:
+            self._held[at].move_to_end(entry.key)
+            return data
+        before = entry.held
+        # It keeps its place below until it is above: others that make room may need the level below for themselves.
+        try:
+            held = self._make(entry, data, 0, spared=entry.key)
+        except CapacityError:
+            return data
+        level.bytes_in += entry.nbytes
+        self._tiers[at].level.bytes_out += entry.nbytes
+        self._held[at].pop(entry.key)
+        entry.held = before
+        self._tiers[at].drop(entry, before)
+        entry.held = held
+        self._held[0][entry.key] = entry
+        return self._tiers[0].bytes_of(entry)
+
+    def _keep(self, entry: _Entry, data: Tensor, first: int, spared: str) -> int:
+        """Put an entry into the highest level from `first` on that takes it; which one."""
+        fault: CapacityError | None = None
+        for at in range(first, len(self._tiers)):
+            try:
+                entry.held = self._make(entry, data, at, spared)
+            except CapacityError as error:  # noqa: PERF203 - of three levels at most
+                fault = error
+            else:
+                return at
+        levels = ", ".join(
+            f"{shown(tier.level.free)} free on {tier.level.config.device}" for tier in self._tiers[first:]
+        )
+        raise CapacityError(
+            f"tensor {entry.key!r} takes {shown(entry.room)}, and no level has room: {levels or 'no level is below'}",
+            state="nothing was moved or lost that was there",
+            remedy="delete keys, or give a level more",
+        ) from fault
+
+    def _make(self, entry: _Entry, data: Tensor, at: int, spared: str) -> Any:
+        """Keep an entry on a level, whose others move down until there is room."""
+        tier = self._tiers[at]
+        while True:
+            if entry.room <= tier.level.free:
+                try:
+                    return tier.keep(entry, data)
+                except CapacityError:  # the arena has no piece so large
+                    if not self._move_down(at, spared):
+                        raise
+                    continue
+            movable = sum(each.room for key, each in self._held[at].items() if key != spared)
+            if entry.room > tier.level.free + movable or not self._move_down(at, spared):
+                raise CapacityError(f"{tier.level.config.device} cannot hold {shown(entry.room)} more")
+
+    def _move_down(self, at: int, spared: str) -> bool:
+        """Move what was used longest ago on a level to one below; False where there is nothing, or nowhere to."""
+        key = next((key for key in self._held[at] if key != spared), None)
+        if key is None or at + 1 >= len(self._tiers):
+            return False
+        entry = self._held[at][key]
+        before, data = entry.held, self._tiers[at].bytes_of(entry)
+        try:
+            below = self._keep(entry, data, at + 1, spared)
+        except CapacityError:
+            entry.held = before
+            return False
+        tier = self._tiers[at]
+        del self._held[at][key]
+        tier.drop(entry, before)
+        tier.level.evictions += 1
+        tier.level.bytes_out += entry.nbytes
+        self._tiers[below].level.bytes_in += entry.nbytes
+        self._held[below][key] = entry
+        return True
+
+
+def _at_least_one(data: Tensor) -> Tensor:
+    return data if data.numel() else torch.zeros(1, dtype=torch.uint8)

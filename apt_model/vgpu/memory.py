@@ -1,0 +1,51 @@
+"""What a stack has to keep bytes in."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from apt_model.core.system.manager import get_device_manager
+from apt_model.vgpu.arena import DevicePin, HostArena
+from apt_model.vgpu.config import DISK, HOST, VGPUConfig
+from apt_model.vgpu.disk import DiskStore
+from apt_model.vgpu.lanes import Lanes
+from apt_model.vgpu.level import Level
+
+
+class Memory(NamedTuple):
+    """The levels, and what is behind each: the first has the device of `lanes`."""
+
+    lanes: Lanes
+    first: Level
+    host: Level | None
+    arena: HostArena | None
+    disk: Level | None
+    store: DiskStore | None
+
+    @property
+    def levels(self) -> list[Level]:
+        """Those that there are, the fastest first."""
+        return [level for level in (self.first, self.host, self.disk) if level is not None]
+
+    def close(self) -> None:
+        """Give all memory and files back."""
+        if self.arena is not None:
+            self.arena.close()
+        if self.store is not None:
+            self.store.close()
+
+
+def memory_of(config: VGPUConfig) -> Memory:
+    """Make what a configuration asks for; `DeviceError` where its first device is not there."""
+    first, *below = config.levels
+    manager = get_device_manager(first.device)
+    lanes = Lanes(torch.device(first.device))
+    kinds = {level.device: level for level in below}
+    host, disk = kinds.get(HOST), kinds.get(DISK)
+    store = None if disk is None else DiskStore(None if disk.path is None else Path(disk.path), disk.capacity)
+    arena = None
+    if host is not None:  # a CPU reads host memory as it is
+        arena = HostArena(host.capacity, pin=DevicePin(manager) if lanes.real else None)
+    below_first = [None if level is None else Level(level) for level in (host, disk)]
+    return Memory(lanes, Level(first), below_first[0], arena, below_first[1], store)

@@ -1,0 +1,486 @@
+"""What goes wrong while a model is streamed: it is said, nothing is lost, and the next call is right."""
+
+import contextlib
+import copy
+import logging
+import os
+import re
+import threading
+
+import pytest
+import torch
+from small_models import noise
+from torch import nn
+from torch.nn import functional as F
+
+from apt_model.core.errors import CapacityError, InputError, StorageError
+from apt_model.optimization import VGPUStack
+from apt_model.vgpu.disk import DiskStore
+
+# Blocks of 0.26 MB, as errors speak of tenths of a MB.
+WIDTH, DEPTH = 128, 8
+X = noise(4, WIDTH, seed=1)
+BELOW = {"host": ["cpu"], "disk": ["ssd"], "both": ["cpu", "ssd"]}
+layouts = pytest.mark.parametrize("layout", BELOW)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    logging.getLogger("apt_model.vgpu").setLevel(logging.ERROR)
+
+
+class _Stops(torch.autograd.Function):
+    """Raises in its backward what its module says."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.module.in_backward is not None:
+            raise ctx.module.in_backward
+        return grad, None
+
+
+class Block(nn.Module):
+    in_forward = in_backward = None
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        y = self.up(x)
+        if self.in_forward is not None:
+            raise self.in_forward
+        return x + self.down(_Stops.apply(F.gelu(y), self))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+TOTAL = sum(each.nbytes for each in Model().parameters()) / 1e6
+
+
+def config(layout, share=0.5, path=None, slots=3):
+    sizes = {"cpu": TOTAL * 0.45 if layout == "both" else 99.0, "ssd": 99.0}
+    levels = [{"capacity_mb": TOTAL * share, "device": "cpu"},
+              *({"capacity_mb": sizes[kind], "device": kind} for kind in BELOW[layout])]  # fmt: skip
+    if path is not None:
+        levels[-1]["path"] = str(path)
+    return {"levels": levels, "slots": slots}
+
+
+@contextlib.contextmanager
+def streamed(layout="host", **options):
+    """A model, its twin as it was, and the stack; whatever happened, the model comes back whole."""
+    model = Model()
+    reference = copy.deepcopy(model)
+    with VGPUStack(config(layout, **options)) as stack:
+        stack.attach(model)
+        yield model, reference, stack
+        right(model, reference)
+        stack.detach(model)
+        assert used(stack) == [0] * len(stack.levels)
+    unharmed(model, reference)
+
+
+def used(stack):
+    return [level["used_mb"] for level in stack.stats()["levels"]]
+
+
+def right(model, reference):
+    """Outputs, gradients and weights, twice, and in another order."""
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(model(X), reference(X))
+        for one in (model, reference):
+            one.zero_grad()
+            one(X).square().sum().backward()
+        for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(ours.grad, theirs.grad)
+    for name, value in reference.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def unharmed(model, reference):
+    """A plain model again, without a hook."""
+    right(model, reference)
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+    assert all(type(each) is nn.Parameter for each in model.parameters())
+    assert not model._state_dict_hooks
+    assert not model._state_dict_pre_hooks
+
+
+def no_hooks_left():
+    """On the stack of hooks of saved tensors, which is the thread's."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+ERRORS = [ValueError("mine"), KeyboardInterrupt("mine"), SystemExit("mine")]
+errors = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+
+
+@errors
+@pytest.mark.parametrize("slots", [1, 3])
+@layouts
+def test_a_forward_that_raises(layout, slots, error):
+    with streamed(layout, slots=slots) as (model, reference, stack):
+        before = used(stack)
+        for number in (5, 0, DEPTH - 1):
+            model.layers[number].in_forward = error
+            for mode in (torch.no_grad, torch.enable_grad):
+                with mode(), pytest.raises(type(error), match="mine"):
+                    model(X)
+            model.layers[number].in_forward = None
+            assert used(stack) == before
+            right(model, reference)
+        assert no_hooks_left()
+
+
+@errors
+@pytest.mark.parametrize("slots", [1, 3])
+def test_parts_are_called_after_a_forward_that_raised(slots, error):
+    """The model's own forward does not begin: nothing that was open may be in the way."""
+    with streamed(slots=slots) as (model, reference, _):
+        for _ in range(3):
+            model.layers[5].in_forward = error
+            with torch.no_grad(), pytest.raises(type(error), match="mine"):
+                model(X)
+            with torch.no_grad(), pytest.raises(type(error), match="mine"):
+                model.layers[5](X)
+            model.layers[5].in_forward = None
+            with torch.no_grad():
+                for ours, theirs in zip(model.layers, reference.layers, strict=True):
+                    assert torch.equal(ours(X), theirs(X))
+
+
+@errors
+@pytest.mark.parametrize("slots", [1, 3])
+@layouts
+def test_a_backward_that_raises(layout, slots, error):
+    with streamed(layout, slots=slots) as (model, reference, stack):
+        before = used(stack)
+        for number in (5, 0, DEPTH - 1):
+            loss = model(X).square().sum()
+            model.layers[number].in_backward = error
+            with pytest.raises(type(error), match="mine"):
+                loss.backward()
+            model.layers[number].in_backward = None
+            assert used(stack) == before
+            right(model, reference)
+        loss = model(X).square().sum()
+        model.layers[2].in_backward = error
+        with pytest.raises(type(error), match="mine"):
+            loss.backward()
+        model.layers[2].in_backward = None
+        del loss
+
+
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), KeyboardInterrupt(), MemoryError()], ids=repr)
+@pytest.mark.parametrize("layout", ["disk", "both"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_disk_that_fails_while_attaching(layout, call, error, monkeypatch):
+    model = Model()
+    reference = copy.deepcopy(model)
+    write, calls = DiskStore.write, []
+
+    def fails(store, *arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise error
+        write(store, *arguments)
+
+    with VGPUStack(config(layout)) as stack:
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskStore, "write", fails)
+            with pytest.raises(type(error)):
+                stack.attach(model)
+        assert len(calls) == call
+        unharmed(model, reference)
+        assert used(stack) == [0] * len(stack.levels)
+        assert stack._store.used == 0
+        stack.attach(model)
+        right(model, reference)
+    unharmed(model, reference)
+
+
+def files(stack):
+    return sorted(stack._store.folder.glob("*.blob"))
+
+
+def keys(stack):
+    return {stack._store.path_of(key)[0]: key for key in stack._store}
+
+
+def flip(path):
+    with path.open("r+b") as file:
+        first = file.read(1)
+        file.seek(0)
+        file.write(bytes([first[0] ^ 1]))
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGES = {"flipped": flip, "cut": cut, "gone": lambda path: path.unlink()}
+damages = pytest.mark.parametrize("damage", DAMAGES)
+
+
+@damages
+@pytest.mark.parametrize("layout", ["disk", "both"])
+@pytest.mark.parametrize("many", [False, True], ids=["one", "all"])
+def test_a_damaged_file_while_streaming(layout, damage, many):
+    with streamed(layout) as (model, reference, stack):
+        right(model, reference)
+        before = used(stack)
+        damaged = files(stack) if many else files(stack)[1:2]
+        names = keys(stack)
+        whole = {path: path.read_bytes() for path in damaged}
+        for path in damaged:
+            DAMAGES[damage](path)
+        for _ in range(2):
+            for mode in (torch.no_grad, torch.enable_grad):
+                with mode(), pytest.raises(StorageError) as caught:
+                    model(X)
+                    model(X)
+                assert any(repr(names[path]) in str(caught.value) for path in damaged)
+        assert used(stack) == before
+        assert no_hooks_left()
+        for path, content in whole.items():
+            path.write_bytes(content)
+        right(model, reference)
+
+
+@damages
+@pytest.mark.parametrize("layout", ["disk", "both"])
+def test_a_damaged_file_in_backward(layout, damage):
+    with streamed(layout) as (model, reference, stack):
+        loss = model(X).square().sum()
+        whole = {path: path.read_bytes() for path in files(stack)}
+        for path in whole:
+            DAMAGES[damage](path)
+        with pytest.raises(StorageError, match=r"blob "):
+            loss.backward()
+        for path, content in whole.items():
+            path.write_bytes(content)
+        model.zero_grad()
+        right(model, reference)
+
+
+@damages
+@pytest.mark.parametrize("layout", ["disk", "both"])
+@pytest.mark.parametrize("by", ["detach", "close"])
+def test_a_damaged_file_while_detaching(layout, damage, by):
+    """Nothing is given up of what is still whole: with the file repaired the model comes back."""
+    model = Model()
+    reference = copy.deepcopy(model)
+    stack = VGPUStack(config(layout))
+    stack.attach(model)
+    right(model, reference)
+    path = files(stack)[-1]
+    content = path.read_bytes()
+    DAMAGES[damage](path)
+    end = (lambda: stack.detach(model)) if by == "detach" else stack.close
+    with pytest.raises(StorageError, match=re.escape(keys(stack)[path])):
+        end()
+    path.write_bytes(content)
+    right(model, reference)
+    end()
+    unharmed(model, reference)
+    stack.close()
+
+
+@pytest.mark.parametrize("layout", ["host", "disk"])
+def test_a_level_1_that_is_too_small(layout):
+    model = Model()
+    reference = copy.deepcopy(model)
+    least = 0.001
+    with VGPUStack(config(layout, share=least / TOTAL)) as stack:
+        with pytest.raises(CapacityError, match="level 1") as caught:
+            stack.attach(model)
+        unharmed(model, reference)
+        assert used(stack) == [0, 0]
+        with pytest.raises(InputError, match="not attached"):
+            stack.detach(model)
+    (found,) = re.findall(r"give level 1 at least ([\d.,]+) MB", caught.value.remedy)
+    least = float(found.replace(",", ""))
+    assert 0 < least < TOTAL
+    with VGPUStack(config(layout, share=least / TOTAL)) as stack:
+        stack.attach(model)
+        right(model, reference)
+    unharmed(model, reference)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "ssd"])
+def test_a_lower_level_that_is_too_small(kind):
+    model = Model()
+    reference = copy.deepcopy(model)
+
+    def levels(least):
+        return {"levels": [{"capacity_mb": TOTAL / 2, "device": "cpu"}, {"capacity_mb": least, "device": kind}]}
+
+    with VGPUStack(levels(0.01)) as stack:
+        with pytest.raises(CapacityError) as caught:
+            stack.attach(model)
+        unharmed(model, reference)
+        assert used(stack) == [0, 0]
+    (found,) = re.findall(r"give the (?:cpu level|disk) at least ([\d.,]+) MB", caught.value.remedy)
+    with VGPUStack(levels(float(found.replace(",", "")))) as stack:
+        stack.attach(model)
+        right(model, reference)
+    unharmed(model, reference)
+
+
+def test_two_models_share_the_levels():
+    one, other = Model(), Model()
+    twins = copy.deepcopy((one, other))
+    with VGPUStack(config("host", share=1.1)) as stack:
+        stack.attach(one)
+        with pytest.raises(CapacityError, match="level 1") as caught:
+            stack.attach(other)
+        unharmed(other, twins[1])
+        right(one, twins[0])
+    (found,) = re.findall(r"give level 1 at least ([\d.,]+) MB", caught.value.remedy)
+    with VGPUStack(config("host", share=float(found.replace(",", "")) / TOTAL)) as stack:
+        stack.attach(one)
+        stack.attach(other)
+        for _ in range(2):
+            right(one, twins[0])
+            right(other, twins[1])
+        stack.detach(one)
+        right(other, twins[1])
+    unharmed(one, twins[0])
+    unharmed(other, twins[1])
+
+
+@layouts
+def test_attached_twice(layout):
+    with streamed(layout) as (model, reference, stack):
+        before = used(stack)
+        with pytest.raises(InputError, match="attached"):
+            stack.attach(model)
+        with VGPUStack(config("host", share=3)) as other, pytest.raises(InputError, match="attached"):
+            other.attach(model)
+        with pytest.raises(InputError, match="attached"):
+            stack.attach(model.layers[2])
+        with pytest.raises(InputError, match="attached"):
+            stack.attach(nn.Sequential(Block(), model))
+        assert used(stack) == before
+        right(model, reference)
+
+
+def test_a_stranger_and_a_closed_stack():
+    model, stranger = Model(), Model()
+    reference = copy.deepcopy(model)
+    stack = VGPUStack(config("host"))
+    with pytest.raises(InputError, match="not attached"):
+        stack.detach(stranger)
+    stack.attach(model)
+    with pytest.raises(InputError, match="not attached"):
+        stack.detach(stranger)
+    right(model, reference)
+    stack.detach(model)
+    with pytest.raises(InputError, match="not attached"):
+        stack.detach(model)
+    stack.attach(model)
+    stack.close()
+    stack.close()
+    unharmed(model, reference)
+    with pytest.raises(InputError, match="closed"):
+        stack.attach(model)
+    with pytest.raises(InputError, match="closed|not attached"):
+        stack.detach(model)
+    stack.stats()
+
+
+@layouts
+def test_no_thread_file_or_folder_stays(layout):
+    before = set(threading.enumerate())
+    opened = len(os.listdir("/proc/self/fd"))
+    model = Model()
+    with VGPUStack(config(layout)) as stack:
+        stack.attach(model)
+        model(X)
+        folder = stack._store.folder if stack._store is not None else None
+    assert set(threading.enumerate()) == before
+    assert len(os.listdir("/proc/self/fd")) <= opened
+    assert folder is None or not folder.exists()
+    # Also where attaching fails.
+    with pytest.raises(CapacityError), VGPUStack(config(layout, share=0.0001)) as stack:
+        stack.attach(model)
+    assert set(threading.enumerate()) == before
+
+
+def test_one_stack_a_folder(tmp_path):
+    with VGPUStack(config("disk", path=tmp_path)) as stack:
+        model = Model()
+        stack.attach(model)
+        with pytest.raises(StorageError, match=f"{tmp_path} is in use"):
+            VGPUStack(config("disk", path=tmp_path))
+        model(X)
+        stack.detach(model)
+    # What an earlier stack left is nobody's model.
+    with VGPUStack(config("disk", path=tmp_path)) as stack:
+        reference = copy.deepcopy(model)
+        stack.attach(model)
+        right(model, reference)
+
+
+def test_a_folder_in_which_a_stack_died_is_used_again(tmp_path):
+    with VGPUStack(config("disk", path=tmp_path)) as stack:
+        model = Model()
+        reference = copy.deepcopy(model)
+        stack.attach(model)
+        stack._store.flush()
+        for path in tmp_path.iterdir():
+            if path.name != "lock":
+                (tmp_path.parent / path.name).write_bytes(path.read_bytes())
+                os.utime(tmp_path.parent / path.name, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    for path in tmp_path.parent.glob("*.*"):
+        if path.is_file():
+            path.rename(tmp_path / path.name)
+    with VGPUStack(config("disk", path=tmp_path)) as stack:
+        stack.attach(model)
+        right(model, reference)
+        stack.detach(model)
+        stack.attach(model)
+        right(model, reference)
+    unharmed(model, reference)
+
+
+def test_threads_that_call_at_the_same_time():
+    """One after another, or refused: never a wrong result."""
+    results, failures = [], []
+    with streamed() as (model, reference, _):
+        with torch.no_grad():
+            want = reference(X)
+
+        def call():
+            try:
+                with torch.no_grad():
+                    for _ in range(10):
+                        results.append(torch.equal(model(X), want))
+            except (InputError, CapacityError) as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=call) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert all(results)
