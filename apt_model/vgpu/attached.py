@@ -1,7 +1,8 @@
 """A model in the levels of a stack: how its blocks are moved there, and given back."""
 
 import ctypes
-import functools
+import dataclasses
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apt_model.core.errors import CapacityError
+from apt_model.core.errors import CapacityError, InputError
+from apt_model.core.placement import is_placed, mark_placed
 from apt_model.vgpu.arena import HostArena, Region
 from apt_model.vgpu.blob import Packed, Seen, pack
 from apt_model.vgpu.level import Level
-from apt_model.vgpu.memory import Memory
+from apt_model.vgpu.memory import Lent, Memory
 from apt_model.vgpu.places import Places, Source
 from apt_model.vgpu.planner import DEVICE, DISK, Blob, Capacities, Plan, padded, plan
 from apt_model.vgpu.streaming import Home, Streaming
@@ -83,6 +85,16 @@ def lay_out(model: nn.Module, capacities: Capacities, slots: int) -> Layout:
     return best
 
 
+def check(model: nn.Module) -> None:
+    """Refuse a model some of whose parameters another has, or this one twice."""
+    for name, parameter in model.named_parameters():
+        if is_placed(parameter):
+            raise InputError(
+                f"{name} is attached to a VGPUStack already, with the model or a part of it",
+                remedy="detach that one first",
+            )
+
+
 def prepare(model: nn.Module, device: torch.device) -> None:
     """Have layers bring their weights into the order in which they compute on `device`: bytes then stay as they are."""
     for module in model.modules():
@@ -125,7 +137,8 @@ class Attached(Home):
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._held = self._counted = 0
         self.streaming: Streaming | None = None
-        self._handles: list[Any] = []
+        self._mappings: weakref.WeakValueDictionary[Path, Any] = weakref.WeakValueDictionary()
+        self._seen_outside: list[weakref.ref[Any]] = []
         try:
             self._build()
         except BaseException:
@@ -162,10 +175,6 @@ class Attached(Home):
         self.places = Places(places, self._stages, sources, self._memory)
         needs = [[blob for blob in need if blob in sources] for need in self.layout.needs]
         self.streaming = Streaming(self.model, self.layout.windows, needs, streamed, places=self.places, home=self)
-        self._handles = [
-            self.model.register_state_dict_pre_hook(functools.partial(_host_reads, self.streaming, True)),
-            self.model.register_state_dict_post_hook(functools.partial(_host_reads, self.streaming, False)),
-        ]
 
     @property
     def _host_level(self) -> Level:
@@ -250,6 +259,7 @@ class Attached(Home):
         """Let a blob's parameters see `memory`; what they had before goes."""
         self._moved.append((blob, number))
         for seen in blob.seen:
+            mark_placed(seen.parameter, True)
             seen.parameter.data = seen.view(memory)
         if number is None or self.layout.plan.homes[number] == DEVICE:
             self._residents[id(blob)] = memory
@@ -260,10 +270,16 @@ class Attached(Home):
     def view(self, blob: int, seen: Seen) -> Tensor:
         """A parameter's values where they live: the arena's memory, or the file's, mapped."""
         if blob in self._host:
-            return _separate(self._host[blob], seen)
+            tensor, holder = _separate(self._host[blob], seen)
+            if holder is not None:
+                self._seen_outside.append(weakref.ref(holder))
+            return tensor
         assert self._store is not None
         path, _ = self._store.path_of(self._key(blob))
-        return _mapped(path, seen)
+        mapped = self._mappings.get(path)  # one for all that see it: tied weights are at one address
+        if mapped is None:
+            mapped = self._mappings[path] = np.memmap(path, dtype=np.uint8, mode="c")
+        return _mapped(mapped, seen)
 
     def keep(self, blob: int, memory: Tensor) -> None:
         """Take a blob's changed bytes to where it lives."""
@@ -274,77 +290,96 @@ class Attached(Home):
             self._host[blob][: packed.nbytes].copy_(memory[: packed.nbytes])
             return
         assert self._store is not None
-        self._store.write(self._key(blob), memory[: packed.nbytes].cpu())
+        key, data = self._key(blob), memory[: packed.nbytes].cpu()
+        try:
+            self._store.write(key, data)
+        except CapacityError:  # for both at once; what is lost with the old one is in `data`
+            self._store.delete(key)
+            self._store.write(key, data)
 
     def restore(self) -> None:
-        """Give the model its weights back, on the device that they came from; what the stack held of it goes."""
-        for handle in self._handles:
-            handle.remove()
+        """Give the model its weights back, on the device that they came from; what the stack held of it goes.
+
+        What lies on disk is read before anything is changed: after a `StorageError` all is as it was.
+        """
+        read = {number: self._read(number) for _, number in self._moved if number is not None and self._on_disk(number)}
         if self.streaming is not None:
             self.streaming.close()
         for blob, number in self._moved:
-            memory = self._bytes_of(blob, number)
-            for stored, offset in blob.stored:
-                fresh = torch.empty(stored.nbytes, dtype=torch.uint8, device=self._came_from[id(stored)])
-                fresh.copy_(memory[offset : offset + stored.nbytes])
-                for seen in blob.seen:
-                    if seen.offset == offset and any(seen.parameter is each for each in stored.parameters):
-                        size = seen.nbytes
-                        seen.parameter.data = (
-                            fresh[:size].view(seen.dtype).as_strided(seen.size, seen.stride, seen.storage_offset)
-                        )
-            if number is not None and self._store is not None and self._key(number) in self._store:
-                self._store.delete(self._key(number))
-                self._disk_level.give(padded(blob.nbytes))
-        self._moved.clear()
+            memory = read.pop(number) if number in read else self._memory_of(blob, number)
+            self._give(blob, memory, resident=id(blob) in self._residents)
+        self.leave()
         for module, name, buffer in self._buffers:
             now = module._buffers.get(name)  # noqa: SLF001
             if now is not None and now.device != buffer.device:
                 module._buffers[name] = now.to(buffer.device)  # noqa: SLF001
         self._buffers.clear()
         leave_order(self.model, self._lanes.device)
+
+    def _give(self, blob: Packed, memory: Tensor, *, resident: bool) -> None:
+        """Memory of their own for a blob's parameters, with these bytes."""
+        for stored, offset in blob.stored:
+            fresh = torch.empty(stored.nbytes, dtype=torch.uint8, device=self._came_from[id(stored)])
+            fresh.copy_(memory[offset : offset + stored.nbytes])
+            for seen in blob.seen:
+                if any(seen.parameter is each for each in stored.parameters):
+                    mark_placed(seen.parameter, False)
+                    if resident and seen.parameter.data_ptr() != seen.view(memory).data_ptr():
+                        # Somebody gave it other memory, which it keeps.
+                        seen.parameter.data = seen.parameter.data.to(fresh.device)
+                    else:
+                        seen.parameter.data = dataclasses.replace(seen, offset=0).view(fresh)
+
+    def leave(self) -> None:
+        """Give up what the stack holds of the model, whose parameters have no values then unless they were given."""
+        if self.streaming is not None:
+            self.streaming.close()
+        for blob, number in self._moved:
+            if number is not None and self._on_disk(number):
+                assert self._store is not None
+                self._store.delete(self._key(number))
+                self._disk_level.give(padded(blob.nbytes))
+        self._moved.clear()
         self._host.clear()
         self._stages = []
         self._residents.clear()
-        for region in self._regions:
-            assert self._arena is not None
-            self._arena.give(region)
-        self._regions.clear()
-        if self._counted:
-            self._host_level.give(self._counted)
-            self._counted = 0
+        self._memory.lent.append(Lent(self._regions, self._counted, self._seen_outside))
+        self._regions, self._counted, self._seen_outside = [], 0, []
+        self._memory.sweep()
         self._memory.first.give(self._held)
         self._held = 0
 
-    def _bytes_of(self, blob: Packed, number: int | None) -> Tensor:
-        if id(blob) in self._residents:
-            return self._residents[id(blob)]
-        assert number is not None
-        if number in self._host:
-            return self._host[number]
+    def _on_disk(self, number: int) -> bool:
+        return self._store is not None and self._key(number) in self._store
+
+    def _read(self, number: int) -> Tensor:
         assert self._store is not None
-        memory = torch.empty(padded(blob.nbytes), dtype=torch.uint8)
+        memory = torch.empty(padded(self.layout.blobs[number].nbytes), dtype=torch.uint8)
         self._store.read(self._key(number), memory)
         return memory
 
+    def _memory_of(self, blob: Packed, number: int | None) -> Tensor:
+        if id(blob) in self._residents:
+            return self._residents[id(blob)]
+        assert number is not None
+        return self._host[number]
 
-def _host_reads(streaming: Streaming, now: bool, *_: object) -> None:
-    streaming.host_reads(now)
 
-
-def _separate(memory: Tensor, seen: Seen) -> Tensor:
-    """A view with a storage of its own, as savers tell tensors apart by their storages."""
+def _separate(memory: Tensor, seen: Seen) -> tuple[Tensor, Any]:
+    """A view with a storage of its own, as savers tell tensors apart by their storages; and what lives as long."""
     address = memory.data_ptr() + seen.offset
     if not seen.nbytes:
-        return torch.empty(seen.size, dtype=seen.dtype)
+        return torch.empty(seen.size, dtype=seen.dtype), None
     held = (ctypes.c_char * seen.nbytes).from_address(address)
     held._memory = memory  # type: ignore[attr-defined]  # noqa: SLF001
-    return torch.frombuffer(held, dtype=seen.dtype).as_strided(seen.size, seen.stride, seen.storage_offset)
+    tensor = torch.frombuffer(held, dtype=seen.dtype).as_strided(seen.size, seen.stride, seen.storage_offset)
+    return tensor, held
 
 
-def _mapped(path: Path, seen: Seen) -> Tensor:
-    """A view of a file; what is written to it stays in this process."""
+def _mapped(mapped: Any, seen: Seen) -> Tensor:
+    """A view of a file that is mapped; what is written to it stays in this process."""
     if not seen.nbytes:
         return torch.empty(seen.size, dtype=seen.dtype)
-    mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=seen.offset, shape=(seen.nbytes,))
-    return torch.frombuffer(mapped, dtype=seen.dtype).as_strided(seen.size, seen.stride, seen.storage_offset)
+    count = seen.nbytes // seen.dtype.itemsize
+    tensor = torch.frombuffer(mapped, dtype=seen.dtype, count=count, offset=seen.offset)
+    return tensor.as_strided(seen.size, seen.stride, seen.storage_offset)

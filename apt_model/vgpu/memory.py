@@ -1,16 +1,25 @@
 """What a stack has to keep bytes in."""
 
+import weakref
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from apt_model.core.system.manager import get_device_manager
-from apt_model.vgpu.arena import DevicePin, HostArena
+from apt_model.vgpu.arena import DevicePin, HostArena, Region
 from apt_model.vgpu.config import DISK, HOST, VGPUConfig
 from apt_model.vgpu.disk import DiskStore
 from apt_model.vgpu.lanes import Lanes
 from apt_model.vgpu.level import Level
+
+
+class Lent(NamedTuple):
+    """Host memory of a model that is gone, which somebody may still see."""
+
+    regions: list[Region]
+    counted: int  # bytes of the level
+    seen_by: list["weakref.ref[Any]"]
 
 
 class Memory(NamedTuple):
@@ -22,6 +31,19 @@ class Memory(NamedTuple):
     arena: HostArena | None
     disk: Level | None
     store: DiskStore | None
+    lent: list[Lent]
+
+    def sweep(self) -> None:
+        """Give back host memory that nobody sees any more."""
+        for each in list(self.lent):
+            if not any(seen() is not None for seen in each.seen_by):
+                self.lent.remove(each)
+                for region in each.regions:
+                    assert self.arena is not None
+                    self.arena.give(region)
+                if each.counted:
+                    assert self.host is not None
+                    self.host.give(each.counted)
 
     @property
     def levels(self) -> list[Level]:
@@ -48,4 +70,4 @@ def memory_of(config: VGPUConfig) -> Memory:
     if host is not None:  # a CPU reads host memory as it is
         arena = HostArena(host.capacity, pin=DevicePin(manager) if lanes.real else None)
     below_first = [None if level is None else Level(level) for level in (host, disk)]
-    return Memory(lanes, Level(first), below_first[0], arena, below_first[1], store)
+    return Memory(lanes, Level(first), below_first[0], arena, below_first[1], store, [])

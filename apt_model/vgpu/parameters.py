@@ -6,7 +6,7 @@ never what lies in their slot by then. What is written to them is written throug
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,27 @@ _METADATA: frozenset[Any] = frozenset((
     _GRAD.__delete__, torch.is_floating_point, torch.is_complex, torch.numel,
 ))  # fmt: skip
 
+_GET_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
-Read = Callable[[nn.Parameter, Callable[[Tensor], Any]], Any]
+# What hands out the memory itself: that of where the parameter lives, which is its own.
+_MEMORY: frozenset[Any] = frozenset(
+    getattr(Tensor, name)
+    for name in ("data_ptr", "untyped_storage", "storage", "_typed_storage")
+    if hasattr(Tensor, name)
+)
+_KEEPING: frozenset[Any] = frozenset(
+    getattr(Tensor, name) for name in ("numpy", "__array__", "__dlpack__", "share_memory_") if hasattr(Tensor, name)
+)
+# What autograd is told about parameters, and what needs no values of them.
+_GRAPH: frozenset[Any] = frozenset((torch.autograd.grad, torch.autograd.backward))
+
+
+class Read(Protocol):
+    """How values are had."""
+
+    def __call__(self, parameter: nn.Parameter, call: Callable[[Tensor], Any], *, copied: bool, host: bool) -> Any:
+        """Call `call` with them; `copied`: they may be kept, `host`: where they live."""
 
 
 class StreamedParameter(nn.Parameter):
@@ -56,11 +74,16 @@ class StreamedParameter(nn.Parameter):
         kwargs = kwargs or {}
         if func == _SET_DATA and isinstance(args[0], StreamedParameter):
             return _write(args[0], args[1])
-        if func in _METADATA:
+        if func == _GET_DATA:  # a view that autograd does not know, and whose changes are seen
+            func = Tensor.detach
+        if func in _METADATA or func in _GRAPH:
             with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
                 return func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        return _with_values(func, leaves, spec, 0)
+        found = {id(leaf): leaf for leaf in leaves if isinstance(leaf, StreamedParameter)}
+        # Several may be more than there are places; what is no tensor, such as an array, may keep the memory.
+        copied = len(found) > 1 or func in _KEEPING
+        return _with_values(func, leaves, spec, list(found.values()), copied=copied)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """A parameter of its own, with the values."""
@@ -82,20 +105,21 @@ def _write(parameter: StreamedParameter, values: Tensor) -> None:
         parameter.copy_(values)
 
 
-def _with_values(func: Any, leaves: list[Any], spec: Any, first: int) -> Any:
-    """Put the values of each parameter that is away, from the `first` leaf on, in its place; then call."""
-    for i in range(first, len(leaves)):
-        parameter = leaves[i]
-        if isinstance(parameter, StreamedParameter):
+def _with_values(
+    func: Any, leaves: list[Any], spec: Any, parameters: list[StreamedParameter], *, copied: bool
+) -> Any:  # fmt: skip
+    """Put the values of each of `parameters` in its place; then call."""
+    if not parameters:
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return func(*args, **kwargs)
+    parameter, *others = parameters
 
-            def called(values: Tensor, i: int = i, parameter: nn.Parameter = parameter) -> Any:
-                again = [values if each is parameter else each for each in leaves]
-                result = _with_values(func, again, spec, i + 1)
-                return pytree.tree_map(lambda each: parameter if each is values else each, result)
+    def called(values: Tensor) -> Any:
+        again = [values if each is parameter else each for each in leaves]
+        result = _with_values(func, again, spec, others, copied=copied)
+        return pytree.tree_map(lambda each: parameter if each is values else each, result)
 
-            return parameter._read(parameter, called)  # noqa: SLF001
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    return func(*args, **kwargs)
+    return parameter._read(parameter, called, copied=copied, host=func in _MEMORY)  # noqa: SLF001
 
 
 def away(parameter: nn.Parameter, read: Read) -> None:

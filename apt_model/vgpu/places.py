@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +54,7 @@ class Places:
         self.all = [Place(each, lanes) for each in slots]
         self._stages = [Stage(each, lanes) for each in stages]
         self.where: dict[int, Place] = {}
+        self.overwritten: Callable[[Place], None] = lambda _: None  # told before a place's content goes
         self.waited_s = 0.0  # of the host, for the disk
         self._timed: list[tuple[Any, Any]] = []
         self._spare: list[Any] = []
@@ -64,6 +65,8 @@ class Places:
         there = place is not None
         if place is None:
             place = self._victim(set(ahead))
+            if self._staging(blob):
+                self._free_stage(blob)
             self._start(blob, place)
         place.pins += 1
         try:
@@ -103,8 +106,15 @@ class Places:
         if self._stages:
             self._read_ahead([blob for blob in wanted if self._sources[blob].host is None])
         for blob in soon:
-            if blob not in self.where:
+            if blob not in self.where and not (self._staging(blob) and self._stage_for(blob) is None):
                 self._start(blob, victims.pop(0))
+
+    def changed(self, blob: int) -> None:
+        """What a blob's home holds has changed: forget what was read of it before."""
+        for stage in self._stages:
+            if stage.blob == blob:
+                self._settle(stage)
+                stage.blob = -1
 
     def drain(self) -> None:
         """Wait for everything that is under way, and forget what is where."""
@@ -162,6 +172,7 @@ class Places:
         """Begin to bring a blob to a place, whose own goes."""
         if place.blob >= 0:
             self._settle(place.pending)
+            self.overwritten(place)
             self._level.evictions += 1
             del self.where[place.blob]
         place.blob, place.pending = blob, None
@@ -214,12 +225,29 @@ class Places:
                     pending.read.result()
                     self._land(place)
 
-    def _staged(self, blob: int) -> Stage:
-        for stage in self._stages:
-            if stage.blob == blob:
-                return stage
+    def _staging(self, blob: int) -> bool:
+        """Whether a blob comes from the disk by way of the host."""
+        return bool(self._stages) and self._sources[blob].host is None
+
+    def _stage_for(self, blob: int) -> Stage | None:
+        """The stage that has a blob, or one that nobody waits for."""
         waiting = {id(place.pending) for place in self.all}
-        return self._read(blob, next(stage for stage in self._stages if id(stage) not in waiting))
+        free = [stage for stage in self._stages if stage.blob == blob or id(stage) not in waiting]
+        return min(free, key=lambda stage: stage.blob != blob, default=None)
+
+    def _free_stage(self, blob: int) -> None:
+        """See that there is a stage for a blob that is needed now: what waits for one is brought to its place first."""
+        while self._stage_for(blob) is None:
+            place = next(place for place in self.all if isinstance(place.pending, Stage))
+            try:
+                self._arrive(place)
+            except StorageError:  # which whoever needs that one is told
+                self._forget(place)
+
+    def _staged(self, blob: int) -> Stage:
+        stage = self._stage_for(blob)
+        assert stage is not None
+        return stage if stage.blob == blob else self._read(blob, stage)
 
     def _read_ahead(self, blobs: list[int]) -> None:
         """Begin reads of the first of `blobs`, into stages of which nobody needs the content."""

@@ -6,7 +6,9 @@ cannot bank the time of a long resident prefix. So residents are chosen as a lin
 bytes, and so is what lies on disk among what lies in host memory.
 """
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from apt_model.core.errors import CapacityError
@@ -37,6 +39,8 @@ class Capacities:
     device: int
     host: int | None = None
     disk: int | None = None
+    taken: tuple[int, int, int] = (0, 0, 0)
+    """What others hold of each level already: these come on top where an error names what would do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,34 +82,37 @@ def plan(
     sizes = [padded(blob.nbytes) for blob in blobs]
     if always + sum(sizes) <= capacities.device:
         return _made(sizes, [DEVICE] * len(sizes), always, 0, 0)
-    homes, count, slot = _residents(blobs, sizes, capacities.device, always=always, slots=slots, at_once=at_once)
+    slots = max(slots, at_once)
+    homes, count, slot = _residents(blobs, sizes, capacities, always=always, slots=slots, at_once=at_once)
     streamed = [i for i, home in enumerate(homes) if home != DEVICE]
     need = sum(sizes[i] for i in streamed)
     if capacities.host is None:
         if capacities.disk is None:
             raise CapacityError(
-                f"the model takes {_mb(always + sum(sizes))}, and the only level holds {_mb(capacities.device)}",
+                f"the model takes {_mb(always + sum(sizes))}, and the only level has room for {_mb(capacities.device)}",
                 remedy="add a level below it, or give it that much",
             )
         on_disk = streamed
         places = 0
     else:
-        on_disk, places = _below(sizes, streamed, capacities.host, capacities.disk, staging)
+        on_disk, places = _below(sizes, streamed, capacities, staging)
     for i in on_disk:
         homes[i] = DISK
     on_disk_bytes = sum(sizes[i] for i in on_disk)
     if capacities.disk is not None and on_disk_bytes > capacities.disk:
-        held = (
-            f"{_mb(need)} are streamed, {_mb(on_disk_bytes)} of them from the disk, which holds {_mb(capacities.disk)}"
+        raise CapacityError(
+            f"{_mb(need)} are streamed, {_mb(on_disk_bytes)} of them from the disk, which has room for "
+            f"{_mb(capacities.disk)}",
+            remedy=f"give the disk at least {_mb(on_disk_bytes + capacities.taken[DISK])}, or the levels above it more",
         )
-        raise CapacityError(held, remedy=f"give the disk at least {_mb(on_disk_bytes)}, or the levels above it more")
     return _made(sizes, homes, always, count, slot, staging=places)
 
 
 def _residents(
-    blobs: Sequence[Blob], sizes: list[int], capacity: int, *, always: int, slots: int, at_once: int
+    blobs: Sequence[Blob], sizes: list[int], capacities: Capacities, *, always: int, slots: int, at_once: int
 ) -> tuple[list[int], int, int]:
     """Homes (DEVICE or HOST), how many slots there are, and their size."""
+    capacity = capacities.device
     largest = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     best: tuple[int, int, int] | None = None  # streamed bytes, how many of the largest stay, slots
     kept = 0
@@ -121,13 +128,16 @@ def _residents(
                 best = (rank, stay, count)  # type: ignore[assignment]
         kept += slot
     if best is None:
-        least = min(always + sum(sizes[i] for i in largest[:stay]) + at_once * sizes[largest[stay]]
-                    for stay in range(len(largest)))  # fmt: skip
+        least = min(
+            always + sum(sizes),
+            *(always + sum(sizes[i] for i in largest[:stay]) + at_once * sizes[largest[stay]]
+              for stay in range(len(largest))),
+        )  # fmt: skip
         name = blobs[largest[0]].name
         raise CapacityError(
-            f"level 1 holds {_mb(capacity)}: with {_mb(always)} that always stay there and {at_once} of the largest "
-            f"blocks at once ({name}, {_mb(sizes[largest[0]])}) it has to hold {_mb(least)}",
-            remedy=f"give level 1 at least {_mb(least)}",
+            f"level 1 has room for {_mb(capacity)}: with {_mb(always)} that always stay there and {at_once} of the "
+            f"largest blocks at once ({name}, {_mb(sizes[largest[0]])}) it would take {_mb(least)}",
+            remedy=f"give level 1 at least {_mb(least + capacities.taken[DEVICE])}",
         )
     _, stay, count = best
     slot = sizes[largest[stay]]
@@ -145,22 +155,23 @@ def _residents(
     return homes, count, slot
 
 
-def _below(sizes: list[int], streamed: list[int], host: int, disk: int | None, staging: int) -> tuple[list[int], int]:
+def _below(sizes: list[int], streamed: list[int], capacities: Capacities, staging: int) -> tuple[list[int], int]:
     """Which of `streamed` lie on disk, and how many places of staging there are."""
-    need = sum(sizes[i] for i in streamed)
+    need, host, taken = sum(sizes[i] for i in streamed), capacities.host, capacities.taken[HOST]
+    assert host is not None
     if need <= host:
         return [], 0
-    if disk is None:
+    if capacities.disk is None:
         raise CapacityError(
-            f"{_mb(need)} are streamed from host memory, which holds {_mb(host)}",
-            remedy=f"give the cpu level at least {_mb(need)}, level 1 more, or add an ssd level",
+            f"{_mb(need)} are streamed from host memory, which has room for {_mb(host)}",
+            remedy=f"give the cpu level at least {_mb(need + taken)}, level 1 more, or add an ssd level",
         )
     largest = max(sizes[i] for i in streamed)
     places = min(staging, host // largest)
     if places == 0:
         raise CapacityError(
-            f"host memory holds {_mb(host)}, and a block passes through it from the disk: {_mb(largest)}",
-            remedy=f"give the cpu level at least {_mb(largest)}",
+            f"host memory has room for {_mb(host)}, and a block passes through it from the disk: {_mb(largest)}",
+            remedy=f"give the cpu level at least {_mb(largest + taken)}",
         )
     stay = set(spread(streamed, sizes, host - places * largest))
     return [i for i in streamed if i not in stay], places
@@ -169,16 +180,18 @@ def _below(sizes: list[int], streamed: list[int], host: int, disk: int | None, s
 def spread(which: Sequence[int], sizes: Sequence[int], capacity: int) -> list[int]:
     """Of `which`, in order, those that stay within `capacity`: evenly by bytes, and then whatever still fits."""
     total = sum(sizes[i] for i in which)
-    if total <= capacity:
+    if total <= capacity or not which:
         return list(which)
-    chosen, left, debt = [], capacity, 0.0
-    share = max(capacity, 0) / total
-    for i in which:
-        debt += sizes[i] * share
-        if debt >= sizes[i] - 1e-6 and sizes[i] <= left:
+    chosen: list[int] = []
+    left = capacity
+    # As many as would fit of the average size, in the middle of equal parts of all the bytes.
+    count = max(capacity, 0) * len(which) // max(total, 1)
+    ends = list(itertools.accumulate(sizes[i] for i in which))
+    for part in range(count):
+        i = which[bisect.bisect_right(ends, (2 * part + 1) * total // (2 * count))]
+        if i not in chosen and sizes[i] <= left:
             chosen.append(i)
             left -= sizes[i]
-            debt -= sizes[i]
     for i in sorted(set(which) - set(chosen), key=lambda i: -sizes[i]):
         if sizes[i] <= left:
             chosen.append(i)
@@ -203,5 +216,6 @@ def _made(sizes: list[int], homes: list[int], always: int, slots: int, slot: int
     )
 
 
-def _mb(count: float) -> str:
-    return f"{count / 10**6:,.1f} MB"
+def _mb(count: int) -> str:
+    """In MB, rounded up: what is named as enough is enough."""
+    return f"{-(-count // 1000) / 1000:,.3f} MB"

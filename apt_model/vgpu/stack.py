@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from apt_model.core.errors import CapacityError, InputError, StorageError
-from apt_model.vgpu.attached import Attached, Layout, lay_out, leave_order, prepare
+from apt_model.vgpu.attached import Attached, Layout, check, lay_out, leave_order, prepare
 from apt_model.vgpu.config import VGPUConfig
 from apt_model.vgpu.keyed import KeyedTensors
+from apt_model.vgpu.level import Level
 from apt_model.vgpu.memory import memory_of
 from apt_model.vgpu.planner import Capacities
 
@@ -104,10 +106,10 @@ class VGPUStack:
         Raises:
             CapacityError: a level is too small; says the least that would do. The model stays as it was.
         """
-        with self._lock:
+        with self._lock, torch.inference_mode(mode=False), torch.no_grad():
             self._check_open()
-            if id(model) in self._models:
-                raise InputError("the model is attached to this stack already")
+            check(model)
+            self._memory.sweep()
             prepare(model, self.device)
             try:
                 layout = self._layout(model)
@@ -120,11 +122,12 @@ class VGPUStack:
 
     def detach(self, model: nn.Module) -> nn.Module:
         """Give `model` its weights back, on the device that they came from, and end the streaming."""
-        with self._lock:
-            attached = self._models.pop(id(model), None)
+        with self._lock, torch.inference_mode(mode=False), torch.no_grad():
+            attached = self._models.get(id(model))
             if attached is None:
                 raise InputError("the model is not attached to this stack")
             attached.restore()
+            del self._models[id(model)]
         return model
 
     def stats(self) -> dict[str, Any]:
@@ -141,14 +144,21 @@ class VGPUStack:
                 "surprises": sum(each.streaming.surprises() for each in streamed if each.streaming is not None),
             }
 
-    def close(self) -> None:
-        """Detach all models and give all memory and files back; a second call does nothing."""
-        with self._lock:
+    def close(self, *, restore: bool = True) -> None:
+        """Detach all models and give all memory and files back; a second call does nothing.
+
+        With `restore` False models are given up: their streamed weights are gone, and reading one is an error. It is
+        the way out where a damaged file keeps a model from getting its weights back, which is a `StorageError` here.
+        """
+        with self._lock, torch.inference_mode(mode=False), torch.no_grad():
             if self._closed:
                 return
-            for attached in self._models.values():
-                attached.restore()
-            self._models.clear()
+            for number, attached in list(self._models.items()):
+                if restore:
+                    attached.restore()
+                else:
+                    attached.leave()
+                del self._models[number]
             self._keyed.clear()
             self._closed = True
         if self._mover is not None:
@@ -170,9 +180,14 @@ class VGPUStack:
             device=memory.first.free,
             host=None if memory.host is None else memory.host.free,
             disk=None if memory.disk is None else memory.disk.free,
+            taken=(memory.first.used, _used(memory.host), _used(memory.disk)),
         )
         return lay_out(model, capacities, self.config.slots)
 
     def _check_open(self) -> None:
         if self._closed:
             raise InputError("the stack is closed", remedy="make a new one")
+
+
+def _used(level: Level | None) -> int:
+    return 0 if level is None else level.used

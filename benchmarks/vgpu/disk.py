@@ -4,10 +4,10 @@
 
 The ceilings are plain loops of threads over the same files (`preadv`) or new ones (`pwritev`) with O_DIRECT and aligned
 memory that was touched before, the best number of threads taken. The store reads into the same memory with a few reads
-in flight, checksums compared and not, and writes with one call at a time and with four; writes take checksums always. The peer is
-safetensors' `load_file` of as many bytes that were dropped from the page cache, each page of the result touched, because
-it maps files. Rounds go through all arms in turn, and the median of each is taken: a disk shared with others changes
-within minutes.
+in flight, checksums compared and not, and writes with one call at a time and with four; every write takes checksums.
+The peer is safetensors' `load_file` of as many bytes that were dropped from the page cache, each page of the result
+touched, because it maps files. Rounds go through all arms in turn, and the median of each is taken: a disk shared with
+others changes within minutes.
 """
 
 import argparse

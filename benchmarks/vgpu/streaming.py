@@ -4,9 +4,11 @@
     python benchmarks/vgpu/streaming.py --sweep       # 25, 50 and 75 % of the weights resident, over 1 to 16384 tokens
     python benchmarks/vgpu/streaming.py --plot FILE   # draw again what a sweep wrote
 
-An arm is built, its output compared bit for bit with the same weights all in the GPU, and timed in turns with those, pass by
-pass, by the clock, host included. An arm whose output differs in any bit, in its first pass, its second or the last timed
-one, reports no speed. The link is measured in the same run, before all arms and after them; the faster figure counts.
+An arm is built, its output compared bit for bit with the same weights all in the GPU, and timed in turns with those, some
+passes in a row, by the clock, host included: from a pass's output to that of the last, each waited for before the next pass
+begins, as one that makes tokens does. What is copied ahead for the next pass is so counted where it is waited for. An arm
+whose output differs in any bit, in its first pass, its second or the last timed one, reports no speed. The link is measured
+before and after each arm; the faster figure counts.
 
 Link efficiency is the bytes that a pass copies to the GPU, over its time, over the link's rate. The bytes are those of the
 copies that PyTorch is seen to make in one pass, or, where it makes none, what VGPU says that it moved, or all weights. GPU
@@ -48,8 +50,10 @@ MB = 1e6
 # Room for blocks on their way, and what a level needs beside its windows.
 SLOTS, SPARE_MB, SMALL_SPARE_MB = 3, 64, 1
 ALIGNMENT = 512
-# All passes of one arm at one size take no longer than this, but for three of them.
-CELL_S, FEWEST_ROUNDS = 3.0, 3
+# Passes in a row that one figure is of.
+IN_A_ROW = 3
+# All passes of one arm at one size take no longer than this, but for two rows of them.
+CELL_S, FEWEST_ROUNDS = 3.0, 2
 # Those of an H200: link efficiency at 1 token, time over all in GPU at 8x2048, time over max(compute, link), FP4 seconds.
 GOAL_LINK, GOAL_SLOWER, GOAL_BOUND, GOAL_FP4_S = 0.985, 1.02, 1.03, 0.037
 
@@ -303,6 +307,28 @@ def timed(call: Callable, x: tuple[Tensor, ...]) -> tuple[float, Tensor]:
     return time.perf_counter() - begin, out
 
 
+def output_ready() -> None:
+    """Wait for what the default stream was given, and not for copies on others."""
+    if DEVICE == "cuda":
+        torch.cuda.current_stream().synchronize()
+
+
+@torch.no_grad()
+def seconds_in_a_row(call: Callable, x: tuple[Tensor, ...]) -> tuple[float, Tensor]:
+    """Of one pass, in the middle of others like it."""
+    synchronize()
+    out = call(*x)
+    output_ready()
+    begin = time.perf_counter()
+    for _ in range(IN_A_ROW):
+        del out
+        out = call(*x)
+        output_ready()
+    seconds = (time.perf_counter() - begin) / IN_A_ROW
+    synchronize()
+    return seconds, out
+
+
 def allocator_calls() -> dict[str, int]:
     """So far: tensors asked for, pieces of memory taken for them, and times that there was none."""
     if DEVICE != "cuda":
@@ -346,8 +372,9 @@ def rounds(
             for key, each in order if number % 2 else reversed(order):
                 last = None if key == "arm" else last
                 before = allocator_calls()
-                second, out = timed(each, x)
-                calls[key] = {name: after - before[name] for name, after in allocator_calls().items()}
+                second, out = seconds_in_a_row(each, x)
+                done = allocator_calls().items()
+                calls[key] = {name: (after - before[name]) / (1 + IN_A_ROW) for name, after in done}
                 seconds[key].append(second)
                 last = out if key == "arm" else last
                 del out
@@ -397,11 +424,14 @@ class Run:
     def arm(self, name: str, arm: Arm) -> None:
         """Build, compare, time and tear down."""
         begin, before = time.perf_counter(), len(self.rows)
+        links = self.links[-1:]
         _, why = attempt(self.measure, name, arm)
         measured = {row["tokens"] for row in self.rows[before:]}
         if why is not None:
             self.rows += [{"arm": name, "tokens": size, "why": why} for size in self.inputs if size not in measured]
         release()
+        self.measure_link()
+        self.judge(self.rows[before:], [each for each in [*links, self.links[-1]] if each])
         print(f"{name}: {time.perf_counter() - begin:.0f} s, {why or 'ran'}")
         print("\n".join(table(self.rows[before:]).splitlines()[2:]), flush=True)  # a later arm may end the run
 
@@ -441,7 +471,7 @@ class Run:
             found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() - before
         equal.append(torch.equal(out, expected))
         del out
-        count = max(FEWEST_ROUNDS, min(self.options.rounds, int(CELL_S / once)))
+        count = max(FEWEST_ROUNDS, min(self.options.rounds, int(CELL_S / once / (1 + IN_A_ROW))))
         seconds, seconds_base, last, extra = rounds(call, base, x, count)
         found |= {f"extra_{key}": number for key, number in extra.items()}
         seen, said = attempt(copied_bytes, offloaded, x)[0] or (0, None)
@@ -457,11 +487,10 @@ class Run:
         found["base_seconds"] = statistics.median(seconds_base)
         return found | {"slower": middle / found["base_seconds"]}
 
-    def finish(self) -> None:
-        """What needs the link's rate: it is measured once more."""
-        self.measure_link()
-        links = [each for each in self.links if each]
-        for row in self.rows:
+    @staticmethod
+    def judge(rows: list[dict], links: list[float]) -> None:
+        """What needs the link's rate."""
+        for row in rows:
             if not links or "seconds" not in row:
                 continue
             row |= {"link_bytes_per_s": max(links), "links": links}
@@ -603,7 +632,6 @@ def main() -> None:
     for name, arm in arms.items():
         if name not in left_out:
             run.arm(name, arm)
-    run.finish()
     print(f"\n{table(run.rows)}\n\n{goals(run.rows)}\n")
     if any(run.links):
         print(f"link, GB/s: {', '.join(f'{each / 1e9:.2f}' for each in run.links)}")

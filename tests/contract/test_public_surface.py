@@ -11,7 +11,7 @@ SURFACE = {
     "apt_model": ["APTModel", "APTModelConfiguration", "get_device", "get_device_manager"],
     "apt_model.integrations": ["AptFP4Config", "prepare_for_training"],
     "apt_model.optimization": [
-        "FP4Config", "FusedFP4Embedding", "FusedFP4Linear",
+        "FP4Config", "FusedFP4Embedding", "FusedFP4Linear", "VGPUStack",
         "dequantize", "get_device", "get_device_manager", "quantize", "tune", "vb_global",
     ],
     "apt_model.core.system": ["Device", "Presence", "get_device", "get_device_manager"],

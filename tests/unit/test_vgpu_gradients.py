@@ -75,7 +75,9 @@ def streamed(model, layout="host", slots=3, share=0.5):
 
 
 def extras():
-    return [tuple(noise(*shape, seed=i).mul(0.1).requires_grad_() for shape in ((WIDTH, 2), (2, 64))) for i in range(DEPTH)]
+    return [
+        tuple(noise(*shape, seed=i).mul(0.1).requires_grad_() for shape in ((WIDTH, 2), (2, 64))) for i in range(DEPTH)
+    ]
 
 
 def gradients(model, step, train=True):
@@ -164,7 +166,7 @@ def with_another_weight(model, x, added):
 
 def reads_during_backward(model, x, added):
     y = model(x, added)
-    y.register_hook(lambda _: None if model.layers[5].up.weight.sum() > 1e9 else None)
+    y.register_hook(lambda grad: grad + 0 * model.layers[5].up.weight.detach().sum())
     y.square().sum().backward()
 
 
@@ -191,15 +193,10 @@ def test_that_test_can_fail(monkeypatch):
     model = Model()
     want = gradients(copy.deepcopy(model), once, train=False)
     # Without its version, of which autograd would notice that it has changed.
-    monkeypatch.setattr(Streaming, "_pack", lambda _, tensor: tensor.data if tensor.requires_grad else tensor)
+    monkeypatch.setattr(Streaming, "_pack", lambda _, _around, tensor: tensor.data if tensor.requires_grad else tensor)
     monkeypatch.setattr(Streaming, "_unpack", lambda _, tensor: tensor)
     with streamed(model, "disk"):
-        try:
-            found = gradients(model, once, train=False)
-        except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)
-        else:
-            assert not equal(found, want)
+        assert not equal(gradients(model, once, train=False), want)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 6])
@@ -246,7 +243,7 @@ def test_hooks_of_the_callers_see_what_is_saved():
                 loss = model(X.clone().requires_grad_()).square().sum()
             loss.backward()
         counts.append(count)
-    weights = 4 * DEPTH  # which the stack keeps by itself where they are streamed
+    weights = 5 * DEPTH  # which the stack keeps by itself where they are streamed
     for ours, theirs in zip(counts[1], counts[0], strict=True):
         assert theirs - weights <= ours <= theirs
 
@@ -341,9 +338,11 @@ def test_backward_after_detaching(layout):
         try:
             found = gradients(model, step)
         except AptError as error:
-            assert "attach" in str(error)
+            told = error
         else:
+            told = None
             assert equal(found, want)
+        assert told is None or "attach" in str(told)
 
 
 @layouts
