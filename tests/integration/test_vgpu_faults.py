@@ -27,7 +27,11 @@ layouts = pytest.mark.parametrize("layout", BELOW)
 
 @pytest.fixture(autouse=True, scope="module")
 def _quiet():
-    logging.getLogger("apt_model.vgpu").setLevel(logging.ERROR)
+    log = logging.getLogger("apt_model.vgpu")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    yield
+    log.setLevel(before)
 
 
 class _Stops(torch.autograd.Function):
