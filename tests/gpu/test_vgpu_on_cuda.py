@@ -1,6 +1,7 @@
 """Models streamed to a GPU: the same bits, no wait of the host and no memory asked for, capacities kept."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -111,11 +112,14 @@ def test_a_pass_neither_waits_nor_asks_for_memory():
             return torch.cuda.memory_stats()["allocation.all.allocated"] - before
 
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            assert asked(model) == asked(dense)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch's look-out for waiting is young
+            try:
+                torch.cuda.set_sync_debug_mode("error")
+                counts = asked(model), asked(dense)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert counts[0] == counts[1]
 
 
 def test_the_first_level_is_never_exceeded():
