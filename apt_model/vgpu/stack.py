@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from apt_model.core.errors import CapacityError, InputError, StorageError
+from apt_model.core.options import require
 from apt_model.vgpu.attached import Attached, Layout, check, lay_out, leave_order, prepare
 from apt_model.vgpu.config import VGPUConfig
 from apt_model.vgpu.keyed import KeyedTensors
 from apt_model.vgpu.level import Level
 from apt_model.vgpu.memory import memory_of
 from apt_model.vgpu.planner import Capacities
+from apt_model.vgpu.report import Report, report
 
 LOG = logging.getLogger(__name__)
 
@@ -119,6 +121,17 @@ class VGPUStack:
             prefix = f"model-{next(self._numbers)}-"
             self._models[id(model)] = Attached(model, layout, self._memory, prefix)
         return model
+
+    def plan(self, model: nn.Module, tokens: int = 1) -> Report:
+        """What would live where if `model` were attached, and how long a pass of `tokens` tokens would take.
+
+        Moves nothing. Rates are the levels' `speed_gbps`, or measured here; compute is that of a square product.
+        """
+        require(isinstance(tokens, int) and tokens > 0, "VGPUStack.plan: tokens", "a whole number above 0", tokens)
+        with self._lock, torch.inference_mode(mode=False), torch.no_grad():
+            self._check_open()
+            check(model)
+            return report(model, self._layout(model).plan, self._memory, tokens)
 
     def detach(self, model: nn.Module) -> nn.Module:
         """Give `model` its weights back, on the device that they came from, and end the streaming."""
