@@ -26,12 +26,12 @@ def gather(device: Device | None = None) -> dict[str, Any]:
             "kernels": _attention_kernels(device.kind),
             "fp4_weights": True,
         },
-        "vgpu_stack": False,
+        "vgpu_stack": True,
         "multi_vendor_backend": {"supported": [vendor.kind for vendor in VENDORS], "planned": sorted(PLANNED)},
         "cloud_npu": False,
         "left_spin": "by model configuration",
         "expected_speed_up": None,
-        "virtual_memory": False,
+        "virtual_memory": True,
     }
 
 

@@ -26,7 +26,11 @@ LAYOUTS = {"host": ["cpu"], "disk": ["ssd"], "both": ["cpu", "ssd"]}
 def _quiet():
     tf.logging.set_verbosity_error()
     tf.utils.logging.disable_progress_bar()
-    logging.getLogger("apt_model.vgpu").setLevel(logging.ERROR)
+    log = logging.getLogger("apt_model.vgpu")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    yield
+    log.setLevel(before)
 
 
 def nbytes(model):

@@ -21,7 +21,11 @@ X = noise(4, WIDTH, seed=1)
 
 @pytest.fixture(autouse=True, scope="module")
 def _quiet():
-    logging.getLogger("apt_model.vgpu").setLevel(logging.ERROR)
+    log = logging.getLogger("apt_model.vgpu")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    yield
+    log.setLevel(before)
 
 
 class Block(nn.Module):
