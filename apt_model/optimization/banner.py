@@ -41,7 +41,7 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("expected speed-up", "not measured"),
         (
             "virtual memory",
-            f"{_present(facts['virtual_memory'])} (VGPUStack); else what fits is bounded by the {_noun(facts)}'s {limit}",
+            f"{_present(facts['virtual_memory'])} (VGPUStack); else what fits is bound by the {_noun(facts)}'s {limit}",
         ),
     ]
 

@@ -265,7 +265,7 @@ def test_the_words_for_this_machine():
     assert rows["cloud NPU"] == "not in this version"
     assert rows["multi-vendor backend"] == "cuda and cpu; hpu, npu, xpu: not in this version"
     assert rows["expected speed-up"] == "not measured"
-    assert rows["virtual memory"].startswith("available (VGPUStack); else what fits is bounded by the CPU's ")
+    assert rows["virtual memory"].startswith("available (VGPUStack); else what fits is bound by the CPU's ")
 
 
 def test_the_words_for_a_gpu():
