@@ -16,7 +16,7 @@ compare: .venv/.installed-plot
 	$(BIN)/apt-model eval runs/demo --compare
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 # Format, lint, types, layers and the fast tests.
 check: .venv/.installed-dev
