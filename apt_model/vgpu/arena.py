@@ -18,8 +18,8 @@ import torch
 from apt_model.core.errors import CapacityError, DeviceError, InputError
 from apt_model.core.system.device import Device
 from apt_model.vgpu import host_pages
-from apt_model.vgpu.host_pages import HUGE_PAGE, PAGE, rounded
-from apt_model.vgpu.level import shown
+from apt_model.vgpu.host_pages import HUGE_PAGE
+from apt_model.vgpu.units import PAGE, padded, shown
 
 LOG = logging.getLogger(__name__)
 _SEGMENT, _PREPARED = 2**28, 2**33  # least of a segment, and most of one that is made ahead of its use
@@ -130,7 +130,7 @@ class HostArena:
         """A region at a whole page, whatever is in it; `CapacityError` where no place is large enough."""
         if nbytes < 1:
             raise InputError(f"host arena: expected bytes above 0, got {nbytes}")
-        size = rounded(nbytes, PAGE)
+        size = padded(nbytes)
         with self._lock:
             memory = self._opened()
             segment, start = self._place(size)
@@ -145,7 +145,7 @@ class HostArena:
             if region.arena is None or region.arena() is not self:
                 state = "was given back before" if region.arena is None else "is another arena's"
                 raise InputError(f"host arena: expected a region that was taken here, got one that {state}")
-            region.arena, size = None, rounded(region.nbytes, PAGE)
+            region.arena, size = None, padded(region.nbytes)
             region.segment.give(region.start, size)
             self.used -= size
 
@@ -202,7 +202,7 @@ class HostArena:
         """One segment of free neighbours, and of at least `more` bytes that are committed for it."""
         if more:
             room = self.capacity - self.committed
-            more, ample = (min(rounded(size, HUGE_PAGE), room) for size in (more, max(more, _SEGMENT)))
+            more, ample = (min(padded(size, HUGE_PAGE), room) for size in (more, max(more, _SEGMENT)))
             host_pages.require_free(more)
             more = ample if host_pages.is_free(ample) else more
             host_pages.bring(self._address + self.committed, more, self._threads)

@@ -18,8 +18,9 @@ from apt_model.vgpu.blob import Packed, Seen, pack
 from apt_model.vgpu.level import Level
 from apt_model.vgpu.memory import Lent, Memory
 from apt_model.vgpu.places import Places, Source
-from apt_model.vgpu.planner import DEVICE, DISK, Blob, Capacities, Plan, padded, plan
+from apt_model.vgpu.planner import DEVICE, DISK, Blob, Capacities, Plan, plan
 from apt_model.vgpu.streaming import Home, Streaming
+from apt_model.vgpu.units import padded
 from apt_model.vgpu.windows import Found, Stored, Window, find
 
 # How often blocks are taken apart further where level 1 is too small for them.
@@ -48,9 +49,10 @@ class Layout:
                         self.blobs.append(pack(each.name, [each]))
                     self.needs[i].append(shared[id(each)])
         self.loose = pack("what lies around the blocks", found.loose)
-        self.always = padded(buffers) + (padded(self.loose.nbytes) if found.loose else 0)
+        self.buffers = padded(buffers)
+        always = self.buffers + (padded(self.loose.nbytes) if found.loose else 0)
         self.plan: Plan = plan(
-            [Blob(name=each.name, nbytes=each.nbytes) for each in self.blobs], capacities, always=self.always,
+            [Blob(name=each.name, nbytes=each.nbytes) for each in self.blobs], capacities, always=always,
             slots=slots, at_once=max(map(len, self.needs), default=1),
         )  # fmt: skip
 
@@ -61,7 +63,7 @@ class Layout:
 
 def lay_out(model: nn.Module, capacities: Capacities, slots: int) -> Layout:
     """Take a model apart into the largest blocks with which all slots fit; `CapacityError` where none do."""
-    buffers = sum(buffer.untyped_storage().nbytes() for buffer in _buffers(model))
+    buffers = sum(buffer.untyped_storage().nbytes() for buffer in model.buffers())
     total = sum(each.nbytes for each in find(model, 0).stored)
     limit = (
         capacities.device if total + buffers <= capacities.device else (capacities.device - padded(buffers)) // slots
@@ -116,16 +118,12 @@ def _streamed(layout: Layout) -> int:
     return sum(home != DEVICE for home in layout.plan.homes)
 
 
-def _buffers(model: nn.Module) -> list[Tensor]:
-    return [buffer for buffer in model.buffers() if buffer is not None]
-
-
 class Attached(Home):
     """What a stack holds of one model."""
 
     def __init__(self, model: nn.Module, layout: Layout, memory: Memory, prefix: str) -> None:
         self.model, self.layout, self._memory, self._prefix = model, layout, memory, prefix
-        self._lanes, self._arena, self._store = memory.lanes, memory.arena, memory.store
+        self._lanes, self._store = memory.lanes, memory.store
         self._residents: dict[int, Tensor] = {}  # by a blob's id
         self._regions: list[Region] = []
         self._host: dict[int, Tensor] = {}
@@ -135,7 +133,7 @@ class Attached(Home):
             id(stored): stored.parameters[0].device for stored in (*layout.found.stored, *layout.found.loose)
         }  # fmt: skip
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
-        self._held = self._counted = 0
+        self._held = 0
         self.streaming: Streaming | None = None
         self._mappings: weakref.WeakValueDictionary[Path, Any] = weakref.WeakValueDictionary()
         self._seen_outside: list[weakref.ref[Any]] = []
@@ -149,11 +147,11 @@ class Attached(Home):
         chosen = self.layout.plan
         self._memory.first.take(chosen.device_bytes, f"the model's share of {chosen.device_bytes} bytes")
         self._held = chosen.device_bytes
-        memory = self._on_device(padded(chosen.device_bytes - padded(self._buffer_bytes())))
+        memory = self._on_device(chosen.device_bytes - self.layout.buffers)
         places = [memory[i * chosen.slot_bytes : (i + 1) * chosen.slot_bytes] for i in range(chosen.slots)]
         at = chosen.slots * chosen.slot_bytes
         self._move_buffers()
-        self._stages = [self._take(chosen.staging_bytes).tensor for _ in range(chosen.staging)]
+        self._stages = [self._take(chosen.staging_bytes) for _ in range(chosen.staging)]
         self._scratch = self._stages[0] if self._stages else places[0] if places else None
         resident: list[tuple[int | None, Packed]] = [(None, self.layout.loose)] if self.layout.found.loose else []
         resident += [(i, blob) for i, blob in enumerate(self.layout.blobs) if chosen.homes[i] == DEVICE]
@@ -177,11 +175,6 @@ class Attached(Home):
         self.streaming = Streaming(self.model, self.layout.windows, needs, streamed, places=self.places, home=self)
 
     @property
-    def _host_level(self) -> Level:
-        assert self._memory.host is not None
-        return self._memory.host
-
-    @property
     def _disk_level(self) -> Level:
         assert self._memory.disk is not None
         return self._memory.disk
@@ -193,9 +186,6 @@ class Attached(Home):
         self._slab = HostArena(padded(count, 2 << 20))
         return self._slab.take(count).tensor
 
-    def _buffer_bytes(self) -> int:
-        return sum(buffer.untyped_storage().nbytes() for buffer in _buffers(self.model))
-
     def _move_buffers(self) -> None:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -203,18 +193,11 @@ class Attached(Home):
                 if buffer.device != self._lanes.device:
                     module._buffers[name] = buffer.to(self._lanes.device)  # noqa: SLF001
 
-    def _take(self, count: int) -> Region:
-        assert self._arena is not None
-        self._host_level.take(padded(count), "a block")
-        self._counted += padded(count)
-        try:
-            region = self._arena.take(padded(count))
-        except BaseException:
-            self._host_level.give(padded(count))
-            self._counted -= padded(count)
-            raise
+    def _take(self, count: int) -> Tensor:
+        """Host memory, for as long as the model is here."""
+        region = self._memory.take_host(count, "a block")
         self._regions.append(region)
-        return region
+        return region.tensor
 
     def _batches(self) -> Iterator[list[int]]:
         """Blobs that are streamed, in pieces of host memory that are worth pinning by themselves."""
@@ -235,7 +218,7 @@ class Attached(Home):
         sizes = {i: padded(self.layout.blobs[i].nbytes) for i in batch if self.layout.plan.homes[i] != DISK}
         if not sizes:
             return {}
-        memory, at, rooms = self._take(sum(sizes.values())).tensor, 0, {}
+        memory, at, rooms = self._take(sum(sizes.values())), 0, {}
         for i, size in sizes.items():
             rooms[i] = memory[at : at + size]
             at += size
@@ -271,15 +254,14 @@ class Attached(Home):
         """A parameter's values where they live: the arena's memory, or the file's, mapped."""
         if blob in self._host:
             tensor, holder = _separate(self._host[blob], seen)
-            if holder is not None:
-                self._seen_outside.append(weakref.ref(holder))
+            self._seen_outside.append(weakref.ref(holder))
             return tensor
         assert self._store is not None
         path, _ = self._store.path_of(self._key(blob))
         mapped = self._mappings.get(path)  # one for all that see it: tied weights are at one address
         if mapped is None:
             mapped = self._mappings[path] = np.memmap(path, dtype=np.uint8, mode="c")
-        return _mapped(mapped, seen)
+        return _in_buffer(mapped, seen, seen.offset)
 
     def keep(self, blob: int, memory: Tensor) -> None:
         """Take a blob's changed bytes to where it lives."""
@@ -343,8 +325,8 @@ class Attached(Home):
         self._host.clear()
         self._stages = []
         self._residents.clear()
-        self._memory.lent.append(Lent(self._regions, self._counted, self._seen_outside))
-        self._regions, self._counted, self._seen_outside = [], 0, []
+        self._memory.lent.append(Lent(self._regions, self._seen_outside))
+        self._regions, self._seen_outside = [], []
         self._memory.sweep()
         self._memory.first.give(self._held)
         self._held = 0
@@ -367,19 +349,15 @@ class Attached(Home):
 
 def _separate(memory: Tensor, seen: Seen) -> tuple[Tensor, Any]:
     """A view with a storage of its own, as savers tell tensors apart by their storages; and what lives as long."""
-    address = memory.data_ptr() + seen.offset
-    if not seen.nbytes:
-        return torch.empty(seen.size, dtype=seen.dtype), None
-    held = (ctypes.c_char * seen.nbytes).from_address(address)
+    held = (ctypes.c_char * seen.nbytes).from_address(memory.data_ptr() + seen.offset)
     held._memory = memory  # type: ignore[attr-defined]  # noqa: SLF001
-    tensor = torch.frombuffer(held, dtype=seen.dtype).as_strided(seen.size, seen.stride, seen.storage_offset)
-    return tensor, held
+    return _in_buffer(held, seen, 0), held
 
 
-def _mapped(mapped: Any, seen: Seen) -> Tensor:
-    """A view of a file that is mapped; what is written to it stays in this process."""
+def _in_buffer(buffer: Any, seen: Seen, offset: int) -> Tensor:
+    """A parameter whose storage begins at `offset` of a buffer; what is written there stays in this process."""
     if not seen.nbytes:
         return torch.empty(seen.size, dtype=seen.dtype)
     count = seen.nbytes // seen.dtype.itemsize
-    tensor = torch.frombuffer(mapped, dtype=seen.dtype, count=count, offset=seen.offset)
+    tensor = torch.frombuffer(buffer, dtype=seen.dtype, count=count, offset=offset)
     return tensor.as_strided(seen.size, seen.stride, seen.storage_offset)

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from apt_model.vgpu.planner import padded
+from apt_model.vgpu.units import padded
 from apt_model.vgpu.windows import Stored
 
 # Of a tensor's first byte: what copies and kernels like.

@@ -7,8 +7,8 @@ from typing import Any
 
 from apt_model.core.errors import ConfigError
 from apt_model.core.options import require, unknown_name
+from apt_model.vgpu.units import MB
 
-MB = 10**6
 DISK, HOST = "ssd", "cpu"
 
 

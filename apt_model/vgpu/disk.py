@@ -20,16 +20,15 @@ from typing_extensions import Self
 
 from apt_model.core.errors import CapacityError, ConfigError, InputError, StorageError
 from apt_model.vgpu.disk_files import (
-    ALIGNMENT,
     DirectFile,
     ReadHandle,
     bytes_of,
     fault,
     lock_folder,
-    padded,
     remove,
 )
 from apt_model.vgpu.disk_index import AGAIN, FILE_NAME, Blob, changed, read_index, write_index
+from apt_model.vgpu.units import PAGE, padded
 
 LOG = logging.getLogger(__name__)
 
@@ -51,8 +50,8 @@ class DiskStore:
     def __init__(self, folder: Path | None, capacity: int, *, threads: int = 8, chunk: int = 8 << 20) -> None:
         if threads < 1:
             raise ConfigError(f"threads must be at least 1, and is {threads}")
-        if chunk < ALIGNMENT or chunk % ALIGNMENT:
-            raise ConfigError(f"chunk must be a multiple of {ALIGNMENT}, and is {chunk}")
+        if chunk < PAGE or chunk % PAGE:
+            raise ConfigError(f"chunk must be a multiple of {PAGE}, and is {chunk}")
         if capacity < 0:
             raise ConfigError(f"capacity must not be negative, and is {capacity}")
         self.capacity, self.chunk = capacity, chunk

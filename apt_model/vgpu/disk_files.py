@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 
 from apt_model.core.errors import InputError, StorageError
+from apt_model.vgpu.units import PAGE, padded
 
 LOG = logging.getLogger(__name__)
-# What O_DIRECT wants of addresses, offsets and lengths, on every disk in use.
-ALIGNMENT = 4096
 LOCK = "lock"
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _thread = threading.local()
-
-
-def padded(size: int) -> int:
-    """`size`, up to whole blocks of the disk."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def bytes_of(tensor: Tensor, name: str) -> memoryview:
@@ -86,7 +80,7 @@ class DirectFile:
         buffers, spare = self._buffers(view)
         self._transfer(os.preadv, buffers, offset)
         if spare is not None:
-            kept = len(view) - len(view) % ALIGNMENT if len(buffers) > 1 else 0
+            kept = len(view) - len(view) % PAGE if len(buffers) > 1 else 0
             view[kept:] = spare[: len(view) - kept]
 
     def check(self, size: int, offset: int, judge: Callable[[memoryview], None]) -> None:
@@ -99,7 +93,7 @@ class DirectFile:
         """Put `view` at `offset`, then zeros up to the alignment."""
         buffers, spare = self._buffers(view)
         if spare is not None:
-            kept = len(view) - len(view) % ALIGNMENT if len(buffers) > 1 else 0
+            kept = len(view) - len(view) % PAGE if len(buffers) > 1 else 0
             spare[: len(view) - kept] = view[kept:]
             spare[len(view) - kept :] = bytes(len(spare) - len(view) + kept)
         self._transfer(os.pwritev, buffers, offset)
@@ -111,13 +105,13 @@ class DirectFile:
 
     def _buffers(self, view: memoryview) -> tuple[list[memoryview], memoryview | None]:
         """Aligned memory for `view`: itself and a spare block for its tail, or all spare where it is not aligned."""
-        if self.direct and _address(view) % ALIGNMENT:
+        if self.direct and _address(view) % PAGE:
             spare = _spare(padded(len(view)))
             return [spare], spare
-        tail = len(view) % ALIGNMENT
+        tail = len(view) % PAGE
         if not tail:
             return [view], None
-        spare = _spare(ALIGNMENT)
+        spare = _spare(PAGE)
         return ([view[:-tail], spare] if len(view) > tail else [spare]), spare
 
     def _transfer(
@@ -134,7 +128,7 @@ class DirectFile:
             offset += count
             buffers = _after(buffers, count)
             # Past the page cache a part of a block is the end of the file.
-            if not count or (buffers and self.direct and count % ALIGNMENT):
+            if not count or (buffers and self.direct and count % PAGE):
                 raise ShortReadError(offset)
 
     def _go_buffered(self) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from apt_model.core.errors import StorageError
 from apt_model.core.files import clear_partials, write_text
-from apt_model.vgpu.disk_files import ALIGNMENT, fault, padded
+from apt_model.vgpu.disk_files import fault
+from apt_model.vgpu.units import PAGE, padded
 
 INDEX = "index.json"
 FILE_NAME = re.compile(r"(\d{8,})\.blob")
@@ -86,6 +87,6 @@ def _read_entry(fields: dict[str, Any]) -> Blob:
     blob = Blob(**fields)
     numbers = (blob.nbytes, blob.mtime_ns, blob.chunk, *blob.sums)
     right = FILE_NAME.fullmatch(blob.file) and all(type(each) is int and each >= 0 for each in numbers)
-    if not right or blob.chunk % ALIGNMENT or not blob.chunk or len(blob.offsets) != len(blob.sums):
+    if not right or blob.chunk % PAGE or not blob.chunk or len(blob.offsets) != len(blob.sums):
         raise ValueError(f"the entry of {blob.file!r} contradicts itself")
     return blob

@@ -16,9 +16,8 @@ import torch
 
 from apt_model.core.errors import CapacityError
 from apt_model.core.system.host_memory import HostMemory
-from apt_model.vgpu.level import shown
+from apt_model.vgpu.units import PAGE, padded, shown
 
-PAGE = 4096
 HUGE_PAGE = 2**21
 
 _PIECE = 8 * HUGE_PAGE  # what a thread brings with one call
@@ -30,11 +29,6 @@ _HUGE, _POPULATE = (14, 23) if _LINUX else (None, None)
 _DONT_NEED, _DONT_FORK, _DO_FORK = (4, 10, 11) if _LINUX else (None, None, None)
 
 
-def rounded(size: int, unit: int) -> int:
-    """`size` in whole units, upwards."""
-    return -(-size // unit) * unit
-
-
 def reserve(size: int) -> tuple[mmap.mmap, int, int]:
     """Address space without memory; where in it a huge page begins that `size` bytes follow, and that address.
 
@@ -43,11 +37,11 @@ def reserve(size: int) -> tuple[mmap.mmap, int, int]:
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
     try:
-        memory = mmap.mmap(-1, rounded(size, HUGE_PAGE) + HUGE_PAGE, flags=flags)
+        memory = mmap.mmap(-1, padded(size, HUGE_PAGE) + HUGE_PAGE, flags=flags)
     except OSError as error:
         raise CapacityError(f"host arena: no address space for {shown(size)}: {error.strerror}") from error
     address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    return memory, -address % HUGE_PAGE, rounded(address, HUGE_PAGE)
+    return memory, -address % HUGE_PAGE, padded(address, HUGE_PAGE)
 
 
 def require_free(size: int) -> None:

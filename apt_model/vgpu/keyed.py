@@ -1,18 +1,20 @@
 """Tensors under keys, in whichever level has room: what is used stays high, and what has to make room moves down."""
 
+import contextlib
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apt_model.core.errors import CapacityError, InputError
-from apt_model.vgpu.arena import HostArena, Region
+from apt_model.vgpu.arena import Region
 from apt_model.vgpu.disk import DiskStore
-from apt_model.vgpu.level import Level, shown
+from apt_model.vgpu.level import Level
 from apt_model.vgpu.memory import Memory
-from apt_model.vgpu.planner import padded
+from apt_model.vgpu.units import padded, shown
 
 
 @dataclasses.dataclass(eq=False)
@@ -36,13 +38,8 @@ class _OnDevice:
         self.level, self._device = level, device
 
     def keep(self, entry: _Entry, data: Tensor) -> Any:
-        self.level.take(entry.room, f"tensor {entry.key!r}")
-        try:
-            memory = torch.empty(entry.nbytes, dtype=torch.uint8, device=self._device)
-            return memory.copy_(data)
-        except BaseException:
-            self.level.give(entry.room)
-            raise
+        with _taken(self.level, entry):
+            return torch.empty(entry.nbytes, dtype=torch.uint8, device=self._device).copy_(data)
 
     def bytes_of(self, entry: _Entry) -> Tensor:
         held: Tensor = entry.held
@@ -55,16 +52,11 @@ class _OnDevice:
 class _OnHost:
     """Entries in the arena."""
 
-    def __init__(self, level: Level, arena: HostArena) -> None:
-        self.level, self._arena = level, arena
+    def __init__(self, level: Level, memory: Memory) -> None:
+        self.level, self._memory = level, memory
 
     def keep(self, entry: _Entry, data: Tensor) -> Any:
-        self.level.take(entry.room, f"tensor {entry.key!r}")
-        try:
-            region = self._arena.take(entry.room)
-        except BaseException:
-            self.level.give(entry.room)
-            raise
+        region = self._memory.take_host(entry.room, f"tensor {entry.key!r}")
         region.tensor[: entry.nbytes].copy_(data)
         return region
 
@@ -72,9 +64,8 @@ class _OnHost:
         region: Region = entry.held
         return region.tensor[: entry.nbytes]
 
-    def drop(self, entry: _Entry, held: Any) -> None:
-        self._arena.give(held)
-        self.level.give(entry.room)
+    def drop(self, _entry: _Entry, held: Any) -> None:
+        self._memory.give_host(held)
 
 
 class _OnDisk:
@@ -84,13 +75,9 @@ class _OnDisk:
         self.level, self._store = level, store
 
     def keep(self, entry: _Entry, data: Tensor) -> Any:
-        self.level.take(entry.room, f"tensor {entry.key!r}")
         name = f"key-{id(entry)}-{entry.key}"
-        try:
-            self._store.write(name, _at_least_one(data).cpu())
-        except BaseException:
-            self.level.give(entry.room)
-            raise
+        with _taken(self.level, entry):
+            self._store.write(name, data.cpu())
         return name
 
     def bytes_of(self, entry: _Entry) -> Tensor:
@@ -103,14 +90,25 @@ class _OnDisk:
         self.level.give(entry.room)
 
 
+@contextlib.contextmanager
+def _taken(level: Level, entry: _Entry) -> Iterator[None]:
+    """Count an entry as held, unless what is done within fails."""
+    level.take(entry.room, f"tensor {entry.key!r}")
+    try:
+        yield
+    except BaseException:
+        level.give(entry.room)
+        raise
+
+
 class KeyedTensors:
     """What `VGPUStack.put` and `get` keep; the caller holds a lock."""
 
     def __init__(self, memory: Memory) -> None:
         self._device = memory.lanes.device
         self._tiers: list[Any] = [_OnDevice(memory.first, self._device)]
-        if memory.host is not None and memory.arena is not None:
-            self._tiers.append(_OnHost(memory.host, memory.arena))
+        if memory.host is not None:
+            self._tiers.append(_OnHost(memory.host, memory))
         if memory.disk is not None and memory.store is not None:
             self._tiers.append(_OnDisk(memory.disk, memory.store))
         # By level, what was used longest ago first.
@@ -126,7 +124,7 @@ class KeyedTensors:
         data = plain.reshape(-1).view(torch.uint8) if plain.numel() else plain.new_empty(0, dtype=torch.uint8)
         before = self._find(key)
         entry = _Entry(key, tensor.dtype, tuple(tensor.shape), data.numel())
-        at = self._keep(entry, data, 0, spared=key)
+        at, entry.held = self._keep(entry, data, 0, spared=key)
         if before is not None:
             self._remove(key, before)
         self._held[at][key] = entry
@@ -187,7 +185,6 @@ class KeyedTensors:
         if entry.room > level.capacity:
             self._held[at].move_to_end(entry.key)
             return data
-        before = entry.held
         # It keeps its place below until it is above: others that make room may need the level below for themselves.
         try:
             held = self._make(entry, data, 0, spared=entry.key)
@@ -195,23 +192,19 @@ class KeyedTensors:
             return data
         level.bytes_in += entry.nbytes
         self._tiers[at].level.bytes_out += entry.nbytes
-        self._held[at].pop(entry.key)
-        entry.held = before
-        self._tiers[at].drop(entry, before)
+        self._remove(entry.key, at)
         entry.held = held
         self._held[0][entry.key] = entry
         return self._tiers[0].bytes_of(entry)
 
-    def _keep(self, entry: _Entry, data: Tensor, first: int, spared: str) -> int:
-        """Put an entry into the highest level from `first` on that takes it; which one."""
+    def _keep(self, entry: _Entry, data: Tensor, first: int, spared: str) -> tuple[int, Any]:
+        """Put an entry into the highest level from `first` on that takes it; which one, and what it holds of it."""
         fault: CapacityError | None = None
         for at in range(first, len(self._tiers)):
             try:
-                entry.held = self._make(entry, data, at, spared)
+                return at, self._make(entry, data, at, spared)
             except CapacityError as error:  # noqa: PERF203 - of three levels at most
                 fault = error
-            else:
-                return at
         levels = ", ".join(
             f"{shown(tier.level.free)} free on {tier.level.config.device}" for tier in self._tiers[first:]
         )
@@ -241,22 +234,15 @@ class KeyedTensors:
         key = next((key for key in self._held[at] if key != spared), None)
         if key is None or at + 1 >= len(self._tiers):
             return False
-        entry = self._held[at][key]
-        before, data = entry.held, self._tiers[at].bytes_of(entry)
+        entry, tier = self._held[at][key], self._tiers[at]
         try:
-            below = self._keep(entry, data, at + 1, spared)
+            below, held = self._keep(entry, tier.bytes_of(entry), at + 1, spared)
         except CapacityError:
-            entry.held = before
             return False
-        tier = self._tiers[at]
-        del self._held[at][key]
-        tier.drop(entry, before)
+        self._remove(key, at)
+        entry.held = held
+        self._held[below][key] = entry
         tier.level.evictions += 1
         tier.level.bytes_out += entry.nbytes
         self._tiers[below].level.bytes_in += entry.nbytes
-        self._held[below][key] = entry
         return True
-
-
-def _at_least_one(data: Tensor) -> Tensor:
-    return data if data.numel() else torch.zeros(1, dtype=torch.uint8)

@@ -4,12 +4,8 @@ import threading
 from typing import Any
 
 from apt_model.core.errors import CapacityError
-from apt_model.vgpu.config import MB, LevelConfig
-
-
-def shown(count: float) -> str:
-    """Bytes as people read them."""
-    return f"{count / MB:,.1f} MB"
+from apt_model.vgpu.config import LevelConfig
+from apt_model.vgpu.units import MB, shown
 
 
 class Level:

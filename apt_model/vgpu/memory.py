@@ -12,13 +12,14 @@ from apt_model.vgpu.config import DISK, HOST, VGPUConfig
 from apt_model.vgpu.disk import DiskStore
 from apt_model.vgpu.lanes import Lanes
 from apt_model.vgpu.level import Level
+from apt_model.vgpu.planner import Capacities
+from apt_model.vgpu.units import padded
 
 
 class Lent(NamedTuple):
     """Host memory of a model that is gone, which somebody may still see."""
 
     regions: list[Region]
-    counted: int  # bytes of the level
     seen_by: list["weakref.ref[Any]"]
 
 
@@ -39,11 +40,33 @@ class Memory(NamedTuple):
             if not any(seen() is not None for seen in each.seen_by):
                 self.lent.remove(each)
                 for region in each.regions:
-                    assert self.arena is not None
-                    self.arena.give(region)
-                if each.counted:
-                    assert self.host is not None
-                    self.host.give(each.counted)
+                    self.give_host(region)
+
+    def take_host(self, count: int, what: str) -> Region:
+        """Whole pages of the host's memory; `CapacityError` where the level or the arena has none such."""
+        assert self.host is not None
+        assert self.arena is not None
+        self.host.take(padded(count), what)
+        try:
+            return self.arena.take(padded(count))
+        except BaseException:
+            self.host.give(padded(count))
+            raise
+
+    def give_host(self, region: Region) -> None:
+        """Undo `take_host`."""
+        assert self.host is not None
+        assert self.arena is not None
+        self.arena.give(region)
+        self.host.give(region.nbytes)
+
+    def capacities(self) -> Capacities:
+        """What each level has room for, and holds already."""
+        levels = (self.first, self.host, self.disk)
+        device, host, disk = (None if level is None else level.free for level in levels)
+        assert device is not None
+        first, second, third = (0 if level is None else level.used for level in levels)
+        return Capacities(device=device, host=host, disk=disk, taken=(first, second, third))
 
     @property
     def levels(self) -> list[Level]:

@@ -12,16 +12,11 @@ import itertools
 from collections.abc import Sequence
 
 from apt_model.core.errors import CapacityError
+from apt_model.vgpu.units import enough, padded
 
-PAGE = 4096
 # A blob below this share of a slot stays on level 1: a slot, a copy and two events for it cost more than its bytes.
 _SMALL = 1 / 16
 DEVICE, HOST, DISK = range(3)
-
-
-def padded(count: int, to: int = PAGE) -> int:
-    """The next multiple of `to`."""
-    return -(-count // to) * to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +84,8 @@ def plan(
     if capacities.host is None:
         if capacities.disk is None:
             raise CapacityError(
-                f"the model takes {_mb(always + sum(sizes))}, and the only level has room for {_mb(capacities.device)}",
+                f"the model takes {enough(always + sum(sizes))}, and the only level has room for "
+                f"{enough(capacities.device)}",
                 remedy="add a level below it, or give it that much",
             )
         on_disk = streamed
@@ -101,9 +97,10 @@ def plan(
     on_disk_bytes = sum(sizes[i] for i in on_disk)
     if capacities.disk is not None and on_disk_bytes > capacities.disk:
         raise CapacityError(
-            f"{_mb(need)} are streamed, {_mb(on_disk_bytes)} of them from the disk, which has room for "
-            f"{_mb(capacities.disk)}",
-            remedy=f"give the disk at least {_mb(on_disk_bytes + capacities.taken[DISK])}, or the levels above it more",
+            f"{enough(need)} are streamed, {enough(on_disk_bytes)} of them from the disk, which has room for "
+            f"{enough(capacities.disk)}",
+            remedy=f"give the disk at least {enough(on_disk_bytes + capacities.taken[DISK])}, or the levels above "
+            "it more",
         )
     return _made(sizes, homes, always, count, slot, staging=places)
 
@@ -114,7 +111,8 @@ def _residents(
     """Homes (DEVICE or HOST), how many slots there are, and their size."""
     capacity = capacities.device
     largest = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    best: tuple[int, int, int] | None = None  # streamed bytes, how many of the largest stay, slots
+    # How many slots are missing and what is streamed, how many of the largest stay, and the slots.
+    best: tuple[tuple[int, int], int, int] | None = None
     kept = 0
     for stay in range(len(largest)):
         slot = sizes[largest[stay]]
@@ -124,8 +122,8 @@ def _residents(
             streamed = sum(sizes) - kept - max(0, left - count * slot)
             # Fewer slots than asked for are a last resort: copies then wait for what computes.
             rank = (slots - count if len(largest) - stay > count else 0, streamed)
-            if best is None or rank < best[0]:  # type: ignore[operator]
-                best = (rank, stay, count)  # type: ignore[assignment]
+            if best is None or rank < best[0]:
+                best = (rank, stay, count)
         kept += slot
     if best is None:
         least = min(
@@ -135,9 +133,9 @@ def _residents(
         )  # fmt: skip
         name = blobs[largest[0]].name
         raise CapacityError(
-            f"level 1 has room for {_mb(capacity)}: with {_mb(always)} that always stay there and {at_once} of the "
-            f"largest blocks at once ({name}, {_mb(sizes[largest[0]])}) it would take {_mb(least)}",
-            remedy=f"give level 1 at least {_mb(least + capacities.taken[DEVICE])}",
+            f"level 1 has room for {enough(capacity)}: with {enough(always)} that always stay there and {at_once} of "
+            f"the largest blocks at once ({name}, {enough(sizes[largest[0]])}) it would take {enough(least)}",
+            remedy=f"give level 1 at least {enough(least + capacities.taken[DEVICE])}",
         )
     _, stay, count = best
     slot = sizes[largest[stay]]
@@ -163,15 +161,15 @@ def _below(sizes: list[int], streamed: list[int], capacities: Capacities, stagin
         return [], 0
     if capacities.disk is None:
         raise CapacityError(
-            f"{_mb(need)} are streamed from host memory, which has room for {_mb(host)}",
-            remedy=f"give the cpu level at least {_mb(need + taken)}, level 1 more, or add an ssd level",
+            f"{enough(need)} are streamed from host memory, which has room for {enough(host)}",
+            remedy=f"give the cpu level at least {enough(need + taken)}, level 1 more, or add an ssd level",
         )
     largest = max(sizes[i] for i in streamed)
     places = min(staging, host // largest)
     if places == 0:
         raise CapacityError(
-            f"host memory has room for {_mb(host)}, and a block passes through it from the disk: {_mb(largest)}",
-            remedy=f"give the cpu level at least {_mb(largest + taken)}",
+            f"host memory has room for {enough(host)}, and a block passes through it from the disk: {enough(largest)}",
+            remedy=f"give the cpu level at least {enough(largest + taken)}",
         )
     stay = set(spread(streamed, sizes, host - places * largest))
     return [i for i in streamed if i not in stay], places
@@ -214,8 +212,3 @@ def _made(sizes: list[int], homes: list[int], always: int, slots: int, slot: int
         disk_bytes=by_home[DISK],
         streamed_bytes=by_home[HOST] + by_home[DISK],
     )
-
-
-def _mb(count: int) -> str:
-    """In MB, rounded up: what is named as enough is enough."""
-    return f"{-(-count // 1000) / 1000:,.3f} MB"

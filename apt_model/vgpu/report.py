@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt_model.vgpu.config import MB
 from apt_model.vgpu.memory import Memory
-from apt_model.vgpu.planner import DEVICE, DISK, HOST, PAGE, Plan
+from apt_model.vgpu.planner import DEVICE, DISK, HOST, Plan
+from apt_model.vgpu.units import MB, PAGE
 
 # Of what is copied, and of a product's sides, to learn a rate: long enough to be one, short enough to be no bother.
 _PROBE, _ROUNDS = 64 * MB, 5
@@ -126,24 +126,22 @@ def _operations_per_s(model: nn.Module, memory: Memory) -> float:
 
 def _link_bytes_per_s(memory: Memory) -> float | None:
     """From the arena to level 1, as far as both have room for a moment; None where they have none."""
-    host, first, arena = memory.host, memory.first, memory.arena
+    host, first = memory.host, memory.first
     assert host is not None
-    assert arena is not None
     size = min(_PROBE, first.free, host.free) // PAGE * PAGE
     if not size:
         return None
-    first.take(size, "a copy to learn the link's rate")
-    host.take(size, "a copy to learn the link's rate")
+    what = "a copy to learn the link's rate"
+    first.take(size, what)
     try:
-        region = arena.take(size)
+        region = memory.take_host(size, what)
         try:
             target = torch.empty(size, dtype=torch.uint8, device=memory.lanes.device)
             return size / _seconds(memory, lambda: target.copy_(region.tensor, non_blocking=True))
         finally:
-            arena.give(region)
+            memory.give_host(region)
     finally:
         first.give(size)
-        host.give(size)
 
 
 def _disk_bytes_per_s(memory: Memory) -> float | None:

@@ -17,9 +17,7 @@ from apt_model.core.options import require
 from apt_model.vgpu.attached import Attached, Layout, check, lay_out, leave_order, prepare
 from apt_model.vgpu.config import VGPUConfig
 from apt_model.vgpu.keyed import KeyedTensors
-from apt_model.vgpu.level import Level
 from apt_model.vgpu.memory import memory_of
-from apt_model.vgpu.planner import Capacities
 from apt_model.vgpu.report import Report, report
 
 LOG = logging.getLogger(__name__)
@@ -188,19 +186,8 @@ class VGPUStack:
         self.close()
 
     def _layout(self, model: nn.Module) -> Layout:
-        memory = self._memory
-        capacities = Capacities(
-            device=memory.first.free,
-            host=None if memory.host is None else memory.host.free,
-            disk=None if memory.disk is None else memory.disk.free,
-            taken=(memory.first.used, _used(memory.host), _used(memory.disk)),
-        )
-        return lay_out(model, capacities, self.config.slots)
+        return lay_out(model, self._memory.capacities(), self.config.slots)
 
     def _check_open(self) -> None:
         if self._closed:
             raise InputError("the stack is closed", remedy="make a new one")
-
-
-def _used(level: Level | None) -> int:
-    return 0 if level is None else level.used

@@ -21,6 +21,7 @@ import torch
 from apt_model.core.system.cuda import CudaDevice
 from apt_model.vgpu import host_pages
 from apt_model.vgpu.arena import DevicePin, HostArena
+from apt_model.vgpu.units import padded
 from benchmarks import record
 
 CUDA = torch.cuda.is_available()
@@ -75,7 +76,7 @@ def main() -> None:
         parser.error("needs a GPU; --small checks the script without one")
     if not CUDA:
         print("no GPU: nothing is pinned, torch's pinned memory and the copies are left out")
-    size = host_pages.rounded(int((0.25 if options.small else options.gib) * GIB), host_pages.HUGE_PAGE)
+    size = padded(int((0.25 if options.small else options.gib) * GIB), host_pages.HUGE_PAGE)
     threads = options.threads or host_pages.default_threads()
     arms = [arm for arm in ARMS if CUDA or arm != "torch"]
     seconds, rates = {arm: [] for arm in arms}, {}

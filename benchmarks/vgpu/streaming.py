@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apt_model.vgpu.units import padded
 from benchmarks import record
 from benchmarks.fp4.cells import DEVICE, attempt, synchronize
 from benchmarks.vgpu.stack_of_blocks import Stack, bytes_of, inputs_of, stack_of
@@ -129,7 +130,7 @@ class StaticBuffers:
     """The control: pinned blobs, three slots in the GPU with parameters that point there, one stream of copies, events."""
 
     def __init__(self, blocks: nn.ModuleList) -> None:
-        sizes = [sum(-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in block.parameters()) for block in blocks]
+        sizes = [sum(padded(each.nbytes, ALIGNMENT) for each in block.parameters()) for block in blocks]
         self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=GPU) for _ in range(SLOTS)]
         self.blobs = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
         self.stream = torch.cuda.Stream()
@@ -141,7 +142,7 @@ class StaticBuffers:
                 self.blobs[i][begin:end].copy_(parameter.data.flatten().view(torch.uint8))
                 window = self.slots[i % SLOTS][begin:end]
                 parameter.data = window.view(parameter.dtype).view(parameter.shape)
-                begin += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+                begin += padded(parameter.nbytes, ALIGNMENT)
             block.register_forward_pre_hook(self.before(i))
             block.register_forward_hook(self.after(i))
         for i in range(SLOTS):

@@ -8,8 +8,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from apt_model.core.errors import CapacityError
-from apt_model.vgpu.planner import DEVICE, DISK, HOST, PAGE, Blob, Capacities, padded, plan, spread
+from apt_model.vgpu.planner import DEVICE, DISK, HOST, Blob, Capacities, plan, spread
 from apt_model.vgpu.predictor import Predictor
+from apt_model.vgpu.units import PAGE, padded
 
 MB = 10**6
 SIZES = st.lists(st.integers(1, 40 * MB) | st.sampled_from([1, PAGE, PAGE + 1, MB, 10 * MB]), min_size=1, max_size=24)
