@@ -1,5 +1,6 @@
 """What holds for every test: one thread, known seeds, no network, no file of the user's, no policy left behind."""
 
+import logging
 import os
 import random
 import socket
@@ -58,3 +59,13 @@ def _no_policy_left():
     if policy is not None and policy.current_policy() is not None:
         policy.set_policy(None)
         pytest.fail("the test leaves the process's policy set")
+
+
+@pytest.fixture(scope="module")
+def quiet_vgpu():
+    """Nothing below an error from the VGPU stack's log in a module."""
+    log = logging.getLogger("apt_model.vgpu")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    yield
+    log.setLevel(before)

@@ -19,7 +19,7 @@ from apt_model.vgpu.level import Level
 from apt_model.vgpu.memory import Lent, Memory
 from apt_model.vgpu.places import Places, Source
 from apt_model.vgpu.planner import DEVICE, DISK, Blob, Capacities, Plan, plan
-from apt_model.vgpu.streaming import Home, Streaming
+from apt_model.vgpu.streaming import Streaming
 from apt_model.vgpu.units import padded
 from apt_model.vgpu.windows import Found, Stored, Window, find
 
@@ -118,7 +118,7 @@ def _streamed(layout: Layout) -> int:
     return sum(home != DEVICE for home in layout.plan.homes)
 
 
-class Attached(Home):
+class Attached:
     """What a stack holds of one model."""
 
     def __init__(self, model: nn.Module, layout: Layout, memory: Memory, prefix: str) -> None:

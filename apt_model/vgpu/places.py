@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import Tensor
 from apt_model.core.errors import CapacityError, StorageError
 from apt_model.vgpu.lanes import Lanes
 from apt_model.vgpu.memory import Memory
+
+# Seconds below which the device is not said to have waited: two events and a wait that has nothing to wait for.
+_NO_WAIT = 20e-6
+_MOST_TIMED = 512
 
 
 class Place:
@@ -56,7 +61,7 @@ class Places:
         self.where: dict[int, Place] = {}
         self.overwritten: Callable[[Place], None] = lambda _: None  # told before a place's content goes
         self.waited_s = 0.0  # of the host, for the disk
-        self._timed: list[tuple[Any, Any]] = []
+        self._timed: deque[tuple[Any, Any]] = deque()
         self._spare: list[Any] = []
 
     def hold(self, blob: int, ahead: Iterable[int]) -> Place:
@@ -131,7 +136,7 @@ class Places:
     def stalls(self) -> float:
         """Seconds that the device has waited for copies, as far as it has come."""
         while self._timed and self._timed[0][1].query():
-            before, after = self._timed.pop(0)
+            before, after = self._timed.popleft()
             waited = before.elapsed_time(after) / 1e3
             self.waited_s += waited
             self._count(waited < _NO_WAIT)
@@ -287,8 +292,3 @@ class Places:
                 place.pending.blob = -1
             del self.where[place.blob]
             place.blob, place.pending = -1, None
-
-
-# Seconds below which the device is not said to have waited: two events and a wait that has nothing to wait for.
-_NO_WAIT = 20e-6
-_MOST_TIMED = 512

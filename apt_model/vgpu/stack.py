@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from apt_model.core.errors import CapacityError, InputError, StorageError
+from apt_model.core.errors import InputError, StorageError
 from apt_model.core.options import require
 from apt_model.vgpu.attached import Attached, Layout, check, lay_out, leave_order, prepare
 from apt_model.vgpu.config import VGPUConfig
@@ -113,7 +113,7 @@ class VGPUStack:
             prepare(model, self.device)
             try:
                 layout = self._layout(model)
-            except CapacityError:
+            except BaseException:
                 leave_order(model, self.device)
                 raise
             prefix = f"model-{next(self._numbers)}-"

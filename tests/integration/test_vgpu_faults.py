@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import logging
 import os
 import re
 import threading
@@ -18,20 +17,12 @@ from apt_model.core.errors import CapacityError, InputError, StorageError
 from apt_model.optimization import VGPUStack
 from apt_model.vgpu.disk import DiskStore
 
+pytestmark = pytest.mark.usefixtures("quiet_vgpu")
 # Blocks of 0.26 MB, as errors speak of tenths of a MB.
 WIDTH, DEPTH = 128, 8
 X = noise(4, WIDTH, seed=1)
 BELOW = {"host": ["cpu"], "disk": ["ssd"], "both": ["cpu", "ssd"]}
 layouts = pytest.mark.parametrize("layout", BELOW)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    log = logging.getLogger("apt_model.vgpu")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    yield
-    log.setLevel(before)
 
 
 class _Stops(torch.autograd.Function):

@@ -4,7 +4,6 @@
 
 import contextlib
 import copy
-import logging
 
 import pytest
 import torch
@@ -20,17 +19,13 @@ from apt_model.core.errors import CapacityError, InputError
 from apt_model.optimization import FP4Config, VGPUStack, quantize
 
 LAYOUTS = {"host": ["cpu"], "disk": ["ssd"], "both": ["cpu", "ssd"]}
+pytestmark = pytest.mark.usefixtures("quiet_vgpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet():
     tf.logging.set_verbosity_error()
     tf.utils.logging.disable_progress_bar()
-    log = logging.getLogger("apt_model.vgpu")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    yield
-    log.setLevel(before)
 
 
 def nbytes(model):

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import logging
 
 import pytest
 import torch
@@ -13,19 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from apt_model.core.errors import AptError
 from apt_model.optimization import VGPUStack
-from apt_model.vgpu.streaming import Streaming
+from apt_model.vgpu.values import Values
 
+pytestmark = pytest.mark.usefixtures("quiet_vgpu")
 WIDTH, DEPTH = 16, 10
 X = noise(4, WIDTH, seed=1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    log = logging.getLogger("apt_model.vgpu")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    yield
-    log.setLevel(before)
 
 
 class Block(nn.Module):
@@ -197,8 +188,8 @@ def test_that_test_can_fail(monkeypatch):
     model = Model()
     want = gradients(copy.deepcopy(model), once, train=False)
     # Without its version, of which autograd would notice that it has changed.
-    monkeypatch.setattr(Streaming, "_pack", lambda _, _around, tensor: tensor.data if tensor.requires_grad else tensor)
-    monkeypatch.setattr(Streaming, "_unpack", lambda _, tensor: tensor)
+    monkeypatch.setattr(Values, "pack", lambda _, _around, tensor: tensor.data if tensor.requires_grad else tensor)
+    monkeypatch.setattr(Values, "unpack", lambda _, tensor: tensor)
     with streamed(model, "disk"):
         assert not equal(gradients(model, once, train=False), want)
 
