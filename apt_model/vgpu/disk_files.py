@@ -118,10 +118,11 @@ class DirectFile:
         self, call: Callable[[int, Sequence[memoryview], int], int], buffers: list[memoryview], offset: int
     ) -> None:
         while buffers:
+            direct = self.direct  # another thread may go buffered during the call, which is refused all the same
             try:
                 count = call(self.descriptor, buffers, offset)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self.direct:
+                if error.errno != errno.EINVAL or not direct:
                     raise
                 self._go_buffered()
                 continue
@@ -132,9 +133,9 @@ class DirectFile:
                 raise ShortReadError(offset)
 
     def _go_buffered(self) -> None:
-        self.direct = False
         flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
+        self.direct = False  # not before: whoever sees it is not refused any more
         if not DirectFile._told:
             DirectFile._told = True
             LOG.warning("%s: this file system takes no O_DIRECT; reads and writes go through the page cache", self.path)
@@ -147,6 +148,7 @@ class ReadHandle:
         self._key, self._path, self._ended = key, path, ended
         self._lock, self._over = threading.Lock(), threading.Event()
         self._left, self._error = 1, None  # type: int, StorageError | None
+        self._failed_at = 0  # the offset of the error
 
     def start(self, pool: Executor, serve: Callable[[int], None], offsets: range) -> None:
         """Queue `serve` for every offset; a piece that fails keeps those behind it from being served."""
@@ -166,9 +168,10 @@ class ReadHandle:
             self._one_less(0, None)
 
     def fail(self, error: BaseException, offset: int = 0) -> None:
-        """Serve no further piece; the first error is the one that `wait` raises."""
+        """Serve no piece behind this; of several errors the one at the lowest offset is what `wait` raises."""
         with self._lock:
-            self._error = self._error or fault(self._key, self._path, offset, error)
+            if self._error is None or offset < self._failed_at:
+                self._error, self._failed_at = fault(self._key, self._path, offset, error), offset
 
     def done(self) -> bool:
         """Whether `wait` would return or raise at once."""
@@ -194,7 +197,7 @@ class ReadHandle:
             raise
 
     def _serve(self, serve: Callable[[int], None], offset: int) -> None:
-        if self._error is None:
+        if self._error is None or offset < self._failed_at:
             serve(offset)
 
     def _settle(self, offset: int, future: "Future[None]") -> None:

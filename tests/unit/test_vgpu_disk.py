@@ -56,13 +56,6 @@ def store(tmp_path):
         yield made
 
 
-@pytest.fixture
-def store_of_one(tmp_path):
-    """With one thread a pool, so that of several pieces that fail the first is the one that is told."""
-    with DiskStore(tmp_path / "store", 1 << 22, threads=1, chunk=CHUNK) as made:
-        yield made
-
-
 @pytest.fixture(autouse=True)
 def _no_thread_stays():
     yield
@@ -253,8 +246,7 @@ def test_a_folder_that_cannot_be(tmp_path):
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwritev", "fstat"])
 @pytest.mark.parametrize("old", [True, False])
-def test_a_full_disk_leaves_the_old_blob(store_of_one, monkeypatch, call, old):
-    store = store_of_one
+def test_a_full_disk_leaves_the_old_blob(store, monkeypatch, call, old):
     if old:
         store.write("a", filled(5000, 1))
     before = (files(store), store.used)
