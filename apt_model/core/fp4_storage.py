@@ -16,8 +16,27 @@ QUANT_METHOD = "apt_fp4"
 LAYOUT = 1
 PACKING = "low-nibble-first"
 BLOCKS = {"nvfp4": 16, "mxfp4": 32}
+# Rows of codes are padded with zero codes to this many weights, in both formats.
+ROW_MULTIPLE = 16
 PACKED, SCALE, GLOBAL_SCALE = "_packed", "_scale", "_global_scale"
 FROM_THE_ORIGINAL = "quantise the 16-bit original: apt-model quantize DIR --format nvfp4 --out DIR2"
+
+
+def row_bytes(in_features: int) -> int:
+    """P, the bytes of a row of codes."""
+    return -(-in_features // ROW_MULTIPLE) * (ROW_MULTIPLE // 2)
+
+
+def packed_parts(shape: Sequence[int], form: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of what a weight [..., N, K] becomes, by the last part of its name."""
+    *lead, rows, width = shape
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {
+        PACKED: ("U8", (*lead, rows, row_bytes(width))),
+        SCALE: ("F8_E4M3" if form == "nvfp4" else "U8", (*lead, rows, -(-width // BLOCKS[form]))),
+    }
+    if form == "nvfp4":
+        parts[GLOBAL_SCALE] = ("F32", (*lead, 1))
+    return parts
 
 
 def quantization_config(form: str, not_converted: Sequence[str]) -> dict[str, Any]:

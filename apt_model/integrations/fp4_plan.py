@@ -4,20 +4,19 @@
 #   N = output features, K = input features
 """
 
-import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from apt_model.core.errors import ConfigError
-from apt_model.core.fp4_storage import GLOBAL_SCALE, PACKED, SCALE
+from apt_model.core.fp4_names import HEAD, layer_of
+from apt_model.core.fp4_storage import GLOBAL_SCALE, PACKED, SCALE, packed_parts
 from apt_model.core.tensor_files import Entry, tensor_bytes
 from apt_model.integrations.fp4_files import FP4Folder
 from apt_model.integrations.outline import EXPERTS, Outline
-from apt_model.ops.fp4.format import Format, row_blocks, row_bytes
+from apt_model.ops.fp4.format import Format
 
 COMPRESSED_TENSORS = "compressed-tensors"
 EMBEDDING = "an embedding"
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|classifier|score|qa_outputs)$|^output$")
 
 
 class Decision(NamedTuple):
@@ -55,14 +54,7 @@ class Decision(NamedTuple):
             shape, target = self.entry.shape, self.target or self.name
             one = shape[-1:] == (1,) or not (self.target or "").endswith(GLOBAL_SCALE)
             return {target: (self.entry.dtype, shape if one else (*shape, 1))}
-        *lead, rows, width = self.shape
-        parts: dict[str, tuple[str, tuple[int, ...]]] = {
-            self.name + PACKED: ("U8", (*lead, rows, row_bytes(width))),
-            self.name + SCALE: ("F8_E4M3" if form.has_global_scale else "U8", (*lead, rows, row_blocks(width, form))),
-        }
-        if form.has_global_scale:
-            parts[self.name + GLOBAL_SCALE] = ("F32", (*lead, 1))
-        return parts
+        return {self.name + part: held for part, held in packed_parts(self.shape, form.name).items()}
 
     def bytes_after(self, form: Format) -> int:
         """Bytes of what is written in its place."""
@@ -102,11 +94,6 @@ def rename(fp4: FP4Folder, layout: str) -> list[Decision]:
         )
         for name, entry in tensors.entries.items()
     ]
-
-
-def layer_of(name: str) -> str:
-    """The layer that a tensor belongs to; of fused experts, the tensor itself."""
-    return name.removesuffix(".weight")
 
 
 def kept_layers(decisions: Iterable[Decision], outline: Outline) -> list[str]:

@@ -8,23 +8,22 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
+from apt_model.core import fp4_names
 from apt_model.core.errors import ConfigError
+from apt_model.core.fp4_names import layer_of
 from apt_model.core.patterns import covers
 from apt_model.core.tensor_files import Entry
-from apt_model.integrations.fp4_plan import COMPRESSED_TENSORS, EMBEDDING, HEAD, Decision, layer_of
+from apt_model.integrations.fp4_plan import COMPRESSED_TENSORS, EMBEDDING, Decision
 from apt_model.integrations.outline import EXPERTS, LINEAR, TRANSPOSED, Outline
 from apt_model.integrations.tensor_io import FLOATS
-from apt_model.layers.fp4_experts import EXPERT_WEIGHTS
 from apt_model.ops.fp4.format import Format
 
-# Kept in full precision by name, whoever knows the model: small beside their effect, as everyone who quantises has it.
-ROUTER = re.compile(r"router|(^|\.)(gate|shared_expert_gate)$")
-_KEPT = ((HEAD, "the output projection, by its name"), (ROUTER, "a router, by its name"))
+_KEPT = ((fp4_names.HEAD, "the output projection, by its name"), (fp4_names.ROUTER, "a router, by its name"))
 # Where names alone decide.
 _UNLIKELY = (
-    (re.compile(r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias)$"), f"{EMBEDDING}, by its name"),
-    (re.compile(r"norm|(^|\.)ln_"), "a norm, by its name"),
-    (re.compile(r"conv"), "a convolution, by its name"),
+    (fp4_names.EMBEDDING, f"{EMBEDDING}, by its name"),
+    (fp4_names.NORM, "a norm, by its name"),
+    (fp4_names.CONVOLUTION, "a convolution, by its name"),
 )
 _MATRICES = {LINEAR: "a linear layer", TRANSPOSED: "a Conv1D", EXPERTS: "an expert"}
 # Layers that engines run as one product, and that must share a global scale for it.
@@ -79,7 +78,7 @@ class _Chooser:
         self, entries: Mapping[str, Entry], outline: Outline, form: Format, layout: str, skip: Sequence[str]
     ) -> None:
         self.entries, self.outline, self.form, self.layout, self.skip = entries, outline, form, layout, skip
-        self.turned = set() if outline.kinds else self._turned_names()
+        self.turned = set() if outline.kinds else fp4_names.turned_layers(entries)
         self._check_patterns()
 
     def decide(self, name: str, entry: Entry) -> Decision:
@@ -118,8 +117,9 @@ class _Chooser:
             return kind, f"{_MATRICES[kind]} of {self.outline.source}" if kind in _MATRICES else kind
         layer = layer_of(name)
         if len(entry.shape) == 3:
-            fused = ".experts." in name and name.rpartition(".")[2] in EXPERT_WEIGHTS
-            return (EXPERTS, "fused experts, by their name") if fused else ("", "it has 3 dimensions")
+            return (
+                (EXPERTS, "fused experts, by their name") if fp4_names.is_experts(name) else ("", "it has 3 dimensions")
+            )
         if not name.endswith(".weight"):
             return "", "it is not called weight"
         for pattern, why in _UNLIKELY:
@@ -128,16 +128,6 @@ class _Chooser:
         if layer.rpartition(".")[2] in self.turned:
             return "", "it may have inputs first, which only the model can tell (pip install 'apt-transformer[hf]')"
         return LINEAR, "a linear layer, by its name"
-
-    def _turned_names(self) -> set[str]:
-        """Last names of layers of which some have as many biases as columns and not as rows, as GPT-2's have."""
-        found = set()
-        for name, entry in self.entries.items():
-            bias = self.entries.get(f"{layer_of(name)}.bias")
-            matrix = name.endswith(".weight") and len(entry.shape) == 2
-            if matrix and bias is not None and bias.shape != entry.shape[:1]:
-                found.add(layer_of(name).rpartition(".")[2])
-        return found
 
     def _is_turned(self, name: str, entry: Entry, kind: str) -> bool | None:
         """Whether inputs come first, [..., K, N]; None where that cannot be told.

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from apt_model.core.errors import InputError
+from apt_model.core.fp4_names import HEAD, ROUTER
 from apt_model.core.options import require
 from apt_model.core.patterns import covers
-from apt_model.integrations.fp4_plan import HEAD
-from apt_model.integrations.fp4_rules import ROUTER
 from apt_model.layers.fp4_embedding import FusedFP4Embedding
 from apt_model.layers.fp4_experts import FP4Experts, expert_weights, pack_experts, unpack_experts
 from apt_model.layers.fp4_linear import FusedFP4Linear

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from apt_model.core.fp4_names import EXPERT_WEIGHTS
 from apt_model.core.fp4_storage import CONFIG_FILE
 from apt_model.core.tensor_folders import read_json
-from apt_model.layers.fp4_experts import EXPERT_WEIGHTS
 
 LINEAR, TRANSPOSED, EXPERTS = "linear", "transposed", "experts"
 

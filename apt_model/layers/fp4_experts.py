@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 from apt_model.core.errors import InputError
+from apt_model.core.fp4_names import EXPERT_WEIGHTS
 from apt_model.core.options import require
 from apt_model.layers.packed import PackedModule, check_dtype, pack
 from apt_model.layers.packed_products import dequantize_in_slabs
 from apt_model.ops.fp4 import ACTIVATION_DTYPES, get_format
-
-# Hugging Face's names for such parameters.
-EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class FP4Experts(PackedModule):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_model.core.errors import InputError
+from apt_model.core.fp4_storage import row_bytes
 from apt_model.core.options import require
 from apt_model.core.placement import is_placed
 from apt_model.core.system.cuda import CudaDevice
@@ -20,7 +21,7 @@ from apt_model.layers.packed_products import dequantize_in_slabs
 from apt_model.layers.packed_view import PackedView
 from apt_model.ops import fp4
 from apt_model.ops.fp4 import FORMATS, Operand, PackedWeight, Shuffled
-from apt_model.ops.fp4.format import row_blocks, row_bytes
+from apt_model.ops.fp4.format import row_blocks
 
 # What a packed weight can stand for.
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

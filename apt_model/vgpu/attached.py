@@ -14,77 +14,17 @@ from torch import Tensor, nn
 from apt_model.core.errors import CapacityError, InputError
 from apt_model.core.placement import is_placed, mark_placed
 from apt_model.vgpu.arena import HostArena, Region
-from apt_model.vgpu.blob import Packed, Seen, pack
+from apt_model.vgpu.blob import Packed, Seen, see
+from apt_model.vgpu.layout import Layout
 from apt_model.vgpu.level import Level
 from apt_model.vgpu.memory import Lent, Memory
 from apt_model.vgpu.places import Places, Source
-from apt_model.vgpu.planner import DEVICE, DISK, Blob, Capacities, Plan, plan
+from apt_model.vgpu.planner import DEVICE, DISK
 from apt_model.vgpu.streaming import Streaming
 from apt_model.vgpu.units import padded
-from apt_model.vgpu.windows import Found, Stored, Window, find
 
-# How often blocks are taken apart further where level 1 is too small for them.
-_HALVINGS = 12
 # Bytes of host memory that are pinned at once at least: of each piece a part may be lost, and pinning has a price.
 _BATCH = 256 << 20
-
-
-class Layout:
-    """A model taken apart to fit, and the plan for it."""
-
-    def __init__(self, found: Found, buffers: int, capacities: Capacities, slots: int) -> None:
-        self.found = found
-        self.windows: list[Window] = found.windows
-        self.blobs: list[Packed] = []
-        self.needs: list[list[int]] = [[] for _ in found.windows]
-        shared: dict[int, int] = {}
-        for i, window in enumerate(found.windows):
-            own = [each for each in window.stored if len(each.windows) == 1]
-            if own:
-                self._add(i, window.name, own)
-            for each in window.stored:
-                if len(each.windows) > 1:
-                    if id(each) not in shared:
-                        shared[id(each)] = len(self.blobs)
-                        self.blobs.append(pack(each.name, [each]))
-                    self.needs[i].append(shared[id(each)])
-        self.loose = pack("what lies around the blocks", found.loose)
-        self.buffers = padded(buffers)
-        always = self.buffers + (padded(self.loose.nbytes) if found.loose else 0)
-        self.plan: Plan = plan(
-            [Blob(name=each.name, nbytes=each.nbytes) for each in self.blobs], capacities, always=always,
-            slots=slots, at_once=max(map(len, self.needs), default=1),
-        )  # fmt: skip
-
-    def _add(self, window: int, name: str, stored: list[Stored]) -> None:
-        self.needs[window].append(len(self.blobs))
-        self.blobs.append(pack(name, stored))
-
-
-def lay_out(model: nn.Module, capacities: Capacities, slots: int) -> Layout:
-    """Take a model apart into the largest blocks with which all slots fit; `CapacityError` where none do."""
-    buffers = sum(buffer.untyped_storage().nbytes() for buffer in model.buffers())
-    total = sum(each.nbytes for each in find(model, 0).stored)
-    limit = (
-        capacities.device if total + buffers <= capacities.device else (capacities.device - padded(buffers)) // slots
-    )
-    best: Layout | None = None
-    fault: CapacityError | None = None
-    for _ in range(_HALVINGS):
-        try:
-            layout = Layout(find(model, limit), buffers, capacities, slots)
-        except CapacityError as error:
-            fault = error
-        else:
-            if best is None or layout.plan.slots > best.plan.slots:
-                best = layout
-            if not layout.plan.slots or layout.plan.slots >= min(slots, _streamed(layout)):
-                return layout
-        limit //= 2
-    if best is None:
-        assert fault is not None
-        raise fault
-    return best
 
 
 def check(model: nn.Module) -> None:
@@ -114,16 +54,13 @@ def leave_order(model: nn.Module, device: torch.device) -> None:
             leave()
 
 
-def _streamed(layout: Layout) -> int:
-    return sum(home != DEVICE for home in layout.plan.homes)
-
-
 class Attached:
     """What a stack holds of one model."""
 
     def __init__(self, model: nn.Module, layout: Layout, memory: Memory, prefix: str) -> None:
         self.model, self.layout, self._memory, self._prefix = model, layout, memory, prefix
         self._lanes, self._store = memory.lanes, memory.store
+        self.blobs = [see(each) for each in layout.blobs]
         self._residents: dict[int, Tensor] = {}  # by a blob's id
         self._regions: list[Region] = []
         self._host: dict[int, Tensor] = {}
@@ -153,8 +90,8 @@ class Attached:
         self._move_buffers()
         self._stages = [self._take(chosen.staging_bytes) for _ in range(chosen.staging)]
         self._scratch = self._stages[0] if self._stages else places[0] if places else None
-        resident: list[tuple[int | None, Packed]] = [(None, self.layout.loose)] if self.layout.found.loose else []
-        resident += [(i, blob) for i, blob in enumerate(self.layout.blobs) if chosen.homes[i] == DEVICE]
+        resident: list[tuple[int | None, Packed]] = [(None, see(self.layout.loose))] if self.layout.found.loose else []
+        resident += [(i, blob) for i, blob in enumerate(self.blobs) if chosen.homes[i] == DEVICE]
         for i, blob in resident:
             own = memory[at : at + blob.nbytes]
             at += padded(blob.nbytes)
@@ -164,12 +101,12 @@ class Attached:
         for batch in self._batches():
             homes = self._rooms(batch)
             for i in batch:
-                blob = self.layout.blobs[i]
+                blob = self.blobs[i]
                 sources[i] = self._place(i, blob, homes.get(i))
                 self._settle(blob, i, places[0])
         if not sources:
             return
-        streamed = {i: self.layout.blobs[i] for i in sources}
+        streamed = {i: self.blobs[i] for i in sources}
         self.places = Places(places, self._stages, sources, self._memory)
         needs = [[blob for blob in need if blob in sources] for need in self.layout.needs]
         self.streaming = Streaming(self.model, self.layout.windows, needs, streamed, places=self.places, home=self)
@@ -203,7 +140,7 @@ class Attached:
         """Blobs that are streamed, in pieces of host memory that are worth pinning by themselves."""
         batch: list[int] = []
         size = 0
-        for i, blob in enumerate(self.layout.blobs):
+        for i, blob in enumerate(self.blobs):
             if self.layout.plan.homes[i] != DEVICE:
                 batch.append(i)
                 size += padded(blob.nbytes) if self.layout.plan.homes[i] != DISK else 0
@@ -215,7 +152,7 @@ class Attached:
 
     def _rooms(self, batch: list[int]) -> dict[int, Tensor]:
         """Host memory for those of a batch that live there."""
-        sizes = {i: padded(self.layout.blobs[i].nbytes) for i in batch if self.layout.plan.homes[i] != DISK}
+        sizes = {i: padded(self.blobs[i].nbytes) for i in batch if self.layout.plan.homes[i] != DISK}
         if not sizes:
             return {}
         memory, at, rooms = self._take(sum(sizes.values())), 0, {}
@@ -265,7 +202,7 @@ class Attached:
 
     def keep(self, blob: int, memory: Tensor) -> None:
         """Take a blob's changed bytes to where it lives."""
-        packed = self.layout.blobs[blob]
+        packed = self.blobs[blob]
         if self._lanes.real:
             self._lanes.compute().synchronize()
         if blob in self._host:
@@ -336,7 +273,7 @@ class Attached:
 
     def _read(self, number: int) -> Tensor:
         assert self._store is not None
-        memory = torch.empty(padded(self.layout.blobs[number].nbytes), dtype=torch.uint8)
+        memory = torch.empty(padded(self.blobs[number].nbytes), dtype=torch.uint8)
         self._store.read(self._key(number), memory)
         return memory
 

@@ -5,11 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from apt_model.vgpu.units import padded
-from apt_model.vgpu.windows import Stored
-
-# Of a tensor's first byte: what copies and kernels like.
-_ALIGNED = 256
+from apt_model.vgpu.layout import Packing
+from apt_model.vgpu.tree import Stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +28,9 @@ class Seen:
 
 
 @dataclasses.dataclass(eq=False)
-class Packed:
-    """Storages that move together."""
+class Packed(Packing):
+    """Storages of a model in memory that move together."""
 
-    name: str
-    nbytes: int
-    stored: list[tuple[Stored, int]]  # with its offset
     seen: list[Seen]
 
     def fill(self, memory: Tensor) -> None:
@@ -51,11 +45,10 @@ def bytes_of(stored: Stored) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),))  # type: ignore[call-overload]
 
 
-def pack(name: str, stored: list[Stored]) -> Packed:
-    """Lay storages side by side."""
-    at, places, seen = 0, [], []
-    for each in stored:
-        places.append((each, at))
+def see(packing: Packing) -> Packed:
+    """How the parameters of a model in memory are seen in a blob."""
+    seen = []
+    for each, at in packing.stored:
         for parameter in each.parameters:
             data = parameter.data
             size = each.nbytes // data.element_size() * data.element_size()
@@ -64,5 +57,4 @@ def pack(name: str, stored: list[Stored]) -> Packed:
                     parameter, at, size, data.dtype, tuple(data.shape), tuple(data.stride()), int(data.storage_offset())
                 )
             )
-        at = padded(at + each.nbytes, _ALIGNED)
-    return Packed(name, max(at, _ALIGNED), places, seen)
+    return Packed(packing.name, packing.nbytes, packing.stored, seen)

@@ -14,10 +14,12 @@ from typing_extensions import Self
 
 from apt_model.core.errors import InputError, StorageError
 from apt_model.core.options import require
-from apt_model.vgpu.attached import Attached, Layout, check, lay_out, leave_order, prepare
+from apt_model.vgpu.attached import Attached, check, leave_order, prepare
 from apt_model.vgpu.config import VGPUConfig
 from apt_model.vgpu.keyed import KeyedTensors
+from apt_model.vgpu.layout import Layout, lay_out
 from apt_model.vgpu.memory import memory_of
+from apt_model.vgpu.modules import buffer_bytes, tree_of
 from apt_model.vgpu.report import Report, report
 
 LOG = logging.getLogger(__name__)
@@ -186,7 +188,7 @@ class VGPUStack:
         self.close()
 
     def _layout(self, model: nn.Module) -> Layout:
-        return lay_out(model, self._memory.capacities(), self.config.slots)
+        return lay_out(tree_of(model), buffer_bytes(model), self._memory.capacities(), self.config.slots)
 
     def _check_open(self) -> None:
         if self._closed:

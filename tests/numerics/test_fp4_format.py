@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_model.core.errors import InputError
+from apt_model.core.fp4_storage import row_bytes
 from apt_model.ops.fp4 import MXFP4, NVFP4, PackedWeight, check, dequantize, get_format
-from apt_model.ops.fp4.format import code_values, pack, row_blocks, row_bytes, scale_values, spread, unpack
+from apt_model.ops.fp4.format import code_values, pack, row_blocks, scale_values, spread, unpack
 from apt_model.ops.fp4.naive import unscaled
 
 # E2M1 by hand: sign, two bits of exponent with bias 1, one bit of mantissa.

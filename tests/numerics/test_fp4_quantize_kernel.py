@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import noise
 
+from apt_model.core.fp4_storage import row_bytes
 from apt_model.ops.fp4 import fused_quantize, get_format, quantize
-from apt_model.ops.fp4.format import row_blocks, row_bytes
+from apt_model.ops.fp4.format import row_blocks
 from apt_model.ops.fp4.quantize import quantize_rows
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")

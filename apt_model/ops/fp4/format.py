@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apt_model.core.errors import InputError
+from apt_model.core.fp4_storage import ROW_MULTIPLE, row_bytes
 
 FormatName = Literal["nvfp4", "mxfp4"]
 
@@ -19,8 +20,6 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST_CODE = MAGNITUDES[-1]
 # Largest finite E4M3 value.
 LARGEST_SCALE = 448.0
-# Rows of codes are padded with zero codes to this many weights, in both formats.
-ROW_MULTIPLE = 16
 _E8M0_NAN = 255
 # 2^-127, the smallest E8M0 value, is below fp32's normal numbers.
 _SMALLEST_E8M0_BITS = 0x00400000
@@ -80,11 +79,6 @@ def get_format(name: str) -> Format:
     if name not in FORMATS:
         raise InputError(f"format: expected nvfp4 or mxfp4, got {name!r}")
     return FORMATS[name]
-
-
-def row_bytes(in_features: int) -> int:
-    """P, the bytes of a row of codes."""
-    return -(-in_features // ROW_MULTIPLE) * (ROW_MULTIPLE // 2)
 
 
 def row_blocks(in_features: int, form: Format) -> int:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt_model.core.fp4_storage import row_bytes
 from apt_model.ops.fp4.counters import prepare
-from apt_model.ops.fp4.format import MXFP4, NVFP4, Format, PackedWeight, pack, row_blocks, row_bytes, unpack
+from apt_model.ops.fp4.format import MXFP4, NVFP4, Format, PackedWeight, pack, row_blocks, unpack
 from apt_model.ops.fp4.naive import e4m3_unit
 
 TILE_ROWS = 64

@@ -1,0 +1,100 @@
+"""A model taken apart to fit, packed to blobs and planned: the same for a model in memory and for a saved one. Pure."""
+
+import dataclasses
+
+from apt_model.core.errors import CapacityError
+from apt_model.vgpu.planner import DEVICE, Blob, Capacities, Plan, plan
+from apt_model.vgpu.tree import Node, Stored
+from apt_model.vgpu.units import padded
+from apt_model.vgpu.windows import Found, Window, find
+
+# Of a tensor's first byte: what copies and kernels like.
+_ALIGNED = 256
+# How often blocks are taken apart further where level 1 is too small for them.
+_HALVINGS = 12
+
+
+@dataclasses.dataclass(eq=False)
+class Packing:
+    """Storages that move together, and where each begins."""
+
+    name: str
+    nbytes: int
+    stored: list[tuple[Stored, int]]
+
+
+def pack(name: str, stored: list[Stored]) -> Packing:
+    """Lay storages side by side."""
+    at, places = 0, []
+    for each in stored:
+        places.append((each, at))
+        at = padded(at + each.nbytes, _ALIGNED)
+    return Packing(name, max(at, _ALIGNED), places)
+
+
+class Layout:
+    """A model taken apart to fit, and the plan for it."""
+
+    def __init__(self, found: Found, buffers: int, capacities: Capacities, slots: int) -> None:
+        self.found = found
+        self.windows: list[Window] = found.windows
+        self.blobs: list[Packing] = []
+        self.needs: list[list[int]] = [[] for _ in found.windows]
+        shared: dict[Stored, int] = {}
+        for i, window in enumerate(found.windows):
+            own = [each for each in window.stored if found.users[each] == 1]
+            if own:
+                self._add(i, window.name, own)
+            for each in window.stored:
+                if found.users[each] > 1:
+                    if each not in shared:
+                        shared[each] = len(self.blobs)
+                        self.blobs.append(pack(each.name, [each]))
+                    self.needs[i].append(shared[each])
+        self.loose = pack("what lies around the blocks", found.loose)
+        self.buffers = padded(buffers)
+        always = self.buffers + (padded(self.loose.nbytes) if found.loose else 0)
+        self.plan: Plan = plan(
+            [Blob(name=each.name, nbytes=each.nbytes) for each in self.blobs], capacities, always=always,
+            slots=slots, at_once=max(map(len, self.needs), default=1),
+        )  # fmt: skip
+
+    @property
+    def streamed(self) -> list[int]:
+        """Blobs that do not stay on level 1."""
+        return [i for i, home in enumerate(self.plan.homes) if home != DEVICE]
+
+    def _add(self, window: int, name: str, stored: list[Stored]) -> None:
+        self.needs[window].append(len(self.blobs))
+        self.blobs.append(pack(name, stored))
+
+
+def lay_out(root: Node, buffers: int, capacities: Capacities, slots: int) -> Layout:
+    """Take a model apart into the largest blocks with which all slots fit; `CapacityError` where none do.
+
+    Args:
+        root: the model.
+        buffers: bytes of its buffers, which stay on level 1.
+        capacities: of the levels.
+        slots: places on level 1 that are asked for.
+    """
+    room = capacities.device
+    total = sum(each.nbytes for each in find(root, 0).stored)
+    limit = room if total + buffers <= room else (room - padded(buffers)) // slots
+    best: Layout | None = None
+    fault: CapacityError | None = None
+    for _ in range(_HALVINGS):
+        try:
+            layout = Layout(find(root, limit), buffers, capacities, slots)
+        except CapacityError as error:
+            fault = error
+        else:
+            if best is None or layout.plan.slots > best.plan.slots:
+                best = layout
+            if not layout.plan.slots or layout.plan.slots >= min(slots, len(layout.streamed)):
+                return layout
+        limit //= 2
+    if best is None:
+        assert fault is not None
+        raise fault
+    return best
