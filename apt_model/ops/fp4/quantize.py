@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_model.core.errors import InputError
+from apt_model.core.fp4_storage import row_bytes
 from apt_model.ops.fp4 import fused_quantize
 from apt_model.ops.fp4.format import (
     LARGEST_CODE,
@@ -20,7 +21,6 @@ from apt_model.ops.fp4.format import (
     get_format,
     pack,
     row_blocks,
-    row_bytes,
     scale_values,
 )
 
