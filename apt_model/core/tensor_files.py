@@ -86,8 +86,13 @@ def read_header(path: Path) -> Header:
 
 def read_piece(path: Path, entry: Entry, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` (bytes) with the tensor's bytes from `offset` on."""
+    read_bytes(path, entry.start + offset, buffer)
+
+
+def read_bytes(path: Path, start: int, buffer: memoryview) -> None:
+    """Fill `buffer` with the file's bytes from `start` on; `CheckpointError` where it ends before."""
     with path.open("rb", buffering=0) as file:
-        file.seek(entry.start + offset)
+        file.seek(start)
         filled = 0
         while filled < len(buffer):
             count = file.readinto(buffer[filled:])

@@ -19,8 +19,8 @@ from apt_model.core.errors import CheckpointError
 from apt_model.core.fp4_storage import GLOBAL_SCALE, PACKED, SCALE
 from apt_model.core.tensor_files import describe
 from apt_model.core.tensor_folders import TensorFolder, open_folder
+from apt_model.core.tensor_io import read_tensor
 from apt_model.integrations.fp4_schemes import Scheme, quantization_of, read_scheme
-from apt_model.integrations.tensor_io import read_tensor
 from apt_model.ops.fp4.format import PackedWeight, check, get_format, row_blocks
 
 _MULTIPLIER = "_scale_2"

@@ -13,9 +13,9 @@ from apt_model.core.errors import ConfigError
 from apt_model.core.fp4_names import layer_of
 from apt_model.core.patterns import covers
 from apt_model.core.tensor_files import Entry
+from apt_model.core.tensor_io import FLOATS
 from apt_model.integrations.fp4_plan import COMPRESSED_TENSORS, EMBEDDING, Decision
 from apt_model.integrations.outline import EXPERTS, LINEAR, TRANSPOSED, Outline
-from apt_model.integrations.tensor_io import FLOATS
 from apt_model.ops.fp4.format import Format
 
 _KEPT = ((fp4_names.HEAD, "the output projection, by its name"), (fp4_names.ROUTER, "a router, by its name"))

@@ -14,8 +14,8 @@ from apt_model.core.errors import CheckpointError, InputError
 from apt_model.core.fp4_storage import GLOBAL_SCALE, PACKED, SCALE
 from apt_model.core.tensor_files import TensorWriter, read_piece
 from apt_model.core.tensor_folders import TensorFolder
+from apt_model.core.tensor_io import as_bytes, read_rows, read_tensor
 from apt_model.integrations.fp4_plan import Decision
-from apt_model.integrations.tensor_io import as_bytes, read_rows, read_tensor
 from apt_model.ops.fp4 import PackedWeight, dequantize, quantize
 from apt_model.ops.fp4.format import Format
 

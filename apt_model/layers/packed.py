@@ -147,14 +147,34 @@ class PackedModule(nn.Module):
             return
         with _MOVING, torch.inference_mode(mode=False):
             weight = self.packed_weight(name)
-            home = weight.packed.device
-            moved = PackedWeight(
-                *(part.to(device) if isinstance(part, Tensor) else part for part in weight)  # type: ignore[arg-type]
+            moved = _parts(
+                weight, lambda part: torch.zeros_like(part, device=device) if part.is_meta else part.to(device)
             )
             order = fp4.shuffle_if_reversible(moved, self.dtype, gated=gated)
-            if order is not None:
-                order = order._replace(words=order.words.to(home), scales=order.scales.to(home))
-            self._settle_order(name, order)
+            self._settle_order(name, order and _words_on(order, weight.device))
+
+    def ordered(self, read: Callable[[str], Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Values for all parameters, in the order that they have now, from those that `read` gives in files' order.
+
+        For whoever made the module, brought it into the order of `device` (`order_for`), and has its values only now.
+        """
+        values = {name: read(name) for name, held in self._parameters.items() if held is not None}
+        for name, order in list(self.orders.items()):
+            parts = {part: values[f"{name}_{part}"] for part in PARTS if f"{name}_{part}" in values}
+            weight = PackedWeight(
+                parts["packed"], parts["scale"], parts.get("global_scale"), self.slots[name].shape[-1]
+            )  # fmt: skip
+            moved = _parts(weight, lambda part: part.to(device))
+            made = fp4.shuffle_if_reversible(moved, order.dtype, gated=order.gated)
+            if made is None:
+                raise InputError(
+                    f"{name}_packed: these bytes cannot be brought into the kernels' order and back",
+                    remedy="load the model's weights as usual, and attach it then",
+                )
+            values[f"{name}_packed"], values[f"{name}_scale"] = made.words, made.scales
+            # With what else is known of the values.
+            self.orders[name] = made._replace(words=order.words, scales=order.scales, global_scale=order.global_scale)
+        return values
 
     def leave_order(self) -> None:
         """Bring all weights back into the order of files."""
@@ -379,6 +399,16 @@ class PackedModule(nn.Module):
             return f"{key}: {error.message}."
         state.update({f"{key}_{part}": tensor for part, tensor in tensors(made).items()})
         return None
+
+
+def _parts(weight: PackedWeight, change: Callable[[Tensor], Tensor]) -> PackedWeight:
+    """`weight` with its tensors changed."""
+    return PackedWeight(*(change(part) if isinstance(part, Tensor) else part for part in weight))  # type: ignore[arg-type]
+
+
+def _words_on(order: Shuffled, device: torch.device) -> Shuffled:
+    """`order` with what parameters hold of it on `device`."""
+    return order._replace(words=order.words.to(device), scales=order.scales.to(device))
 
 
 def describe(value: object) -> str:

@@ -15,6 +15,7 @@ from apt_model.core.errors import CapacityError, InputError
 from apt_model.core.placement import is_placed, mark_placed
 from apt_model.vgpu.arena import HostArena, Region
 from apt_model.vgpu.blob import Packed, Seen, see
+from apt_model.vgpu.hollow import Hollow
 from apt_model.vgpu.layout import Layout
 from apt_model.vgpu.level import Level
 from apt_model.vgpu.memory import Lent, Memory
@@ -57,8 +58,11 @@ def leave_order(model: nn.Module, device: torch.device) -> None:
 class Attached:
     """What a stack holds of one model."""
 
-    def __init__(self, model: nn.Module, layout: Layout, memory: Memory, prefix: str) -> None:
+    def __init__(
+        self, model: nn.Module, layout: Layout, memory: Memory, prefix: str, hollow: Hollow | None = None
+    ) -> None:
         self.model, self.layout, self._memory, self._prefix = model, layout, memory, prefix
+        self._hollow = hollow
         self._lanes, self._store = memory.lanes, memory.store
         self.blobs = [see(each) for each in layout.blobs]
         self._residents: dict[int, Tensor] = {}  # by a blob's id
@@ -71,14 +75,19 @@ class Attached:
         }  # fmt: skip
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._held = 0
+        self._spared: tuple[Level, int] | None = None
         self.streaming: Streaming | None = None
         self._mappings: weakref.WeakValueDictionary[Path, Any] = weakref.WeakValueDictionary()
         self._seen_outside: list[weakref.ref[Any]] = []
         try:
             self._build()
         except BaseException:
-            self.restore()
+            if hollow is None:
+                self.restore()
+            else:  # whose parameters never had values
+                self.leave()
             raise
+        self._hollow = None
 
     def _build(self) -> None:
         chosen = self.layout.plan
@@ -88,6 +97,7 @@ class Attached:
         places = [memory[i * chosen.slot_bytes : (i + 1) * chosen.slot_bytes] for i in range(chosen.slots)]
         at = chosen.slots * chosen.slot_bytes
         self._move_buffers()
+        self._reserve()
         self._stages = [self._take(chosen.staging_bytes) for _ in range(chosen.staging)]
         self._scratch = self._stages[0] if self._stages else places[0] if places else None
         resident: list[tuple[int | None, Packed]] = [(None, see(self.layout.loose))] if self.layout.found.loose else []
@@ -95,7 +105,7 @@ class Attached:
         for i, blob in resident:
             own = memory[at : at + blob.nbytes]
             at += padded(blob.nbytes)
-            blob.fill(own)
+            self._fill(blob, own)
             self._settle(blob, i, own)
         sources = {}
         for batch in self._batches():
@@ -122,6 +132,14 @@ class Attached:
             return torch.empty(count, dtype=torch.uint8, device=self._lanes.device)
         self._slab = HostArena(padded(count, 2 << 20))
         return self._slab.take(count).tensor
+
+    def _reserve(self) -> None:
+        """Host memory that reads of files of others take."""
+        count = self.layout.spare
+        level = self._memory.host or self._memory.first
+        if count:
+            level.take(count, "memory to read files through")
+            self._spared = (level, count)
 
     def _move_buffers(self) -> None:
         for module in self.model.modules():
@@ -166,14 +184,25 @@ class Attached:
         if room is None:
             assert self._store is not None
             assert self._scratch is not None
-            memory = self._scratch[: blob.nbytes]
-            blob.fill(memory)
-            self._store.write(self._key(number), memory)
-            self._disk_level.take(padded(blob.nbytes), f"block {blob.name}")
-            return Source(blob.nbytes, None, self._key(number))
-        blob.fill(room)
+            key = self._key(number)
+            pieces = None if self._hollow is None else self._hollow.pieces(blob)
+            if pieces is not None:
+                self._store.adopt(key, pieces, self.layout.chunk)
+            else:
+                memory = self._scratch[: blob.nbytes]
+                self._fill(blob, memory)
+                with self._disk_level.taken(padded(blob.nbytes), f"block {blob.name}"):
+                    self._store.write(key, memory)
+            return Source(blob.nbytes, None, key)
+        self._fill(blob, room)
         self._host[number] = room
         return Source(blob.nbytes, room, None)
+
+    def _fill(self, blob: Packed, memory: Tensor) -> None:
+        if self._hollow is None:
+            blob.fill(memory)
+        else:
+            self._hollow.fill(blob, memory)
 
     def _settle(self, blob: Packed, number: int | None, memory: Tensor) -> None:
         """Let a blob's parameters see `memory`; what they had before goes."""
@@ -194,11 +223,11 @@ class Attached:
             self._seen_outside.append(weakref.ref(holder))
             return tensor
         assert self._store is not None
-        path, _ = self._store.path_of(self._key(blob))
+        path, start = self._store.place_of(self._key(blob), seen.offset)
         mapped = self._mappings.get(path)  # one for all that see it: tied weights are at one address
         if mapped is None:
             mapped = self._mappings[path] = np.memmap(path, dtype=np.uint8, mode="c")
-        return _in_buffer(mapped, seen, seen.offset)
+        return _in_buffer(mapped, seen, start)
 
     def keep(self, blob: int, memory: Tensor) -> None:
         """Take a blob's changed bytes to where it lives."""
@@ -210,6 +239,11 @@ class Attached:
             return
         assert self._store is not None
         key, data = self._key(blob), memory[: packed.nbytes].cpu()
+        if self._store.is_foreign(key):  # those files stay as they are
+            room, what = padded(packed.nbytes), f"block {packed.name}, which was written to"
+            with self._disk_level.taken(room, what):
+                self._store.write(key, data)
+            return
         try:
             self._store.write(key, data)
         except CapacityError:  # for both at once; what is lost with the old one is in `data`
@@ -256,8 +290,9 @@ class Attached:
         for blob, number in self._moved:
             if number is not None and self._on_disk(number):
                 assert self._store is not None
+                if not self._store.is_foreign(self._key(number)):
+                    self._disk_level.give(padded(blob.nbytes))
                 self._store.delete(self._key(number))
-                self._disk_level.give(padded(blob.nbytes))
         self._moved.clear()
         self._host.clear()
         self._stages = []
@@ -267,6 +302,10 @@ class Attached:
         self._memory.sweep()
         self._memory.first.give(self._held)
         self._held = 0
+        if self._spared is not None:
+            level, count = self._spared
+            level.give(count)
+            self._spared = None
 
     def _on_disk(self, number: int) -> bool:
         return self._store is not None and self._key(number) in self._store

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from apt_model.vgpu.disk_files import (
     lock_folder,
     remove,
 )
+from apt_model.vgpu.disk_foreign import Foreign, OpenForeign, Piece
 from apt_model.vgpu.disk_index import AGAIN, FILE_NAME, Blob, changed, read_index, write_index
 from apt_model.vgpu.units import PAGE, padded
 
@@ -54,7 +55,7 @@ class DiskStore:
             raise ConfigError(f"chunk must be a multiple of {PAGE}, and is {chunk}")
         if capacity < 0:
             raise ConfigError(f"capacity must not be negative, and is {capacity}")
-        self.capacity, self.chunk = capacity, chunk
+        self.capacity, self.chunk, self._threads = capacity, chunk, threads
         self.peak = self.bytes_read = self.bytes_written = 0
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
@@ -76,6 +77,7 @@ class DiskStore:
         self._release = weakref.finalize(self, _release, held, None if self._kept else self.folder, os.getpid())
         try:
             self._blobs = self._open()
+            self._foreign: dict[str, Foreign] = {}
         except BaseException:
             self._release()
             raise
@@ -112,6 +114,7 @@ class DiskStore:
                 self._check_open()
                 stale = self._blobs.get(key)
                 self._blobs[key] = blob
+                self._foreign.pop(key, None)
                 self._indexed = False
                 self.bytes_written += len(view)
         except BaseException:
@@ -127,6 +130,35 @@ class DiskStore:
                 self._writes -= 1
                 self._no_writes.notify_all()
 
+    def adopt(self, key: str, pieces: Sequence[Piece], chunk: int) -> None:
+        """Let `key` stand for bytes in files of others, which takes no room; a write to it leaves those as they are.
+
+        The folder does not remember such a key. Reads go through a buffer of `chunk` bytes a thread (`spare_for`), have
+        no checksums and are refused once a file has another size, time of change or inode.
+
+        Raises:
+            StorageError: a file is missing or too short.
+        """
+        blob = Foreign(key, pieces, chunk)
+        with self._lock:
+            self._check_open()
+            if key in self._blobs:
+                raise InputError(f"blob {key!r} is there already", remedy="delete it first")
+            self._foreign[key] = blob
+
+    def is_foreign(self, key: str) -> bool:
+        """Whether the key stands for bytes in files of others."""
+        with self._lock:
+            return key in self._foreign
+
+    def spare_for(self, chunk: int) -> int:
+        """Of host memory that reads of foreign bytes take, `chunk` at a time."""
+        return self._threads * padded(chunk + PAGE)
+
+    def chunk_within(self, spare: int, largest: int) -> int:
+        """What to read foreign pieces of at most `largest` bytes by, so that it takes about `spare` bytes of memory."""
+        return max(PAGE, min(self.chunk, padded(largest), spare // self._threads // PAGE * PAGE))
+
     def read(self, key: str, out: Tensor, *, verify: bool = True) -> None:
         """Fill the beginning of `out` with the blob; bytes of `out` behind it stay as they are."""
         self.read_async(key, out, verify=verify).finish()
@@ -136,12 +168,18 @@ class DiskStore:
 
         A blob that is replaced or deleted meanwhile is still read as it was.
         """
-        return self._begin_read(key, bytes_of(out, "out"), verify=verify)
+        view = bytes_of(out, "out")
+        foreign = self._foreign.get(key)
+        return (
+            self._begin_read(key, view, verify=verify) if foreign is None else self._begin_foreign(foreign, key, view)
+        )
 
     def delete(self, key: str) -> None:
         """Remove the blob and its file."""
         with self._lock:
             self._check_open()
+            if self._foreign.pop(key, None) is not None:
+                return
             blob = self._find(key)
             del self._blobs[key]
             self._indexed = False
@@ -152,7 +190,8 @@ class DiskStore:
     def verify(self) -> None:
         """Read every blob and compare its checksums; the first fault is raised."""
         for key in self:
-            self._begin_read(key, None, verify=True).finish()
+            if not self.is_foreign(key):
+                self._begin_read(key, None, verify=True).finish()
 
     def flush(self) -> None:
         """Bring all blobs and then an index of them to the disk, so that the folder can be opened again."""
@@ -179,13 +218,14 @@ class DiskStore:
     def nbytes(self, key: str) -> int:
         """Bytes of the blob."""
         with self._lock:
-            return self._find(key).nbytes
+            foreign = self._foreign.get(key)
+            return self._find(key).nbytes if foreign is None else foreign.nbytes
 
-    def path_of(self, key: str) -> tuple[Path, int]:
-        """The blob's file and its bytes in it, from the first on; the file is gone once the key is written again."""
+    def place_of(self, key: str, offset: int = 0) -> tuple[Path, int]:
+        """The file that has byte `offset` of the blob, and where; it is gone once the key is written again."""
         with self._lock:
-            blob = self._find(key)
-            return self.folder / blob.file, blob.nbytes
+            foreign = self._foreign.get(key)
+            return (self.folder / self._find(key).file, offset) if foreign is None else foreign.place_of(offset)
 
     @property
     def used(self) -> int:
@@ -200,14 +240,14 @@ class DiskStore:
 
     def __contains__(self, key: object) -> bool:
         with self._lock:
-            return key in self._blobs
+            return key in self._blobs or key in self._foreign
 
     def __len__(self) -> int:
-        return len(self._blobs)
+        return len(self._blobs) + len(self._foreign)
 
     def __iter__(self) -> Iterator[str]:
         with self._lock:
-            return iter(list(self._blobs))
+            return iter([*self._blobs, *self._foreign])
 
     def __enter__(self) -> Self:
         return self
@@ -273,9 +313,7 @@ class DiskStore:
                     failure = changed(key, path, offset, f"{size} bytes", f"{padded(blob.nbytes)} bytes")
             except OSError as error:
                 failure = error
-            if not self._reads:
-                self._busy_since = time.perf_counter()
-            self._reads += 1
+            self._read_begins()
 
         def serve(offset: int) -> None:
             assert file is not None
@@ -295,7 +333,29 @@ class DiskStore:
         handle.start(self._readers, serve, blob.offsets if failure is None else range(0))
         return handle
 
-    def _read_ended(self, file: DirectFile | None, nbytes: int, error: StorageError | None) -> None:
+    def _begin_foreign(self, blob: Foreign, key: str, view: memoryview) -> ReadHandle:
+        if len(view) < blob.nbytes:
+            raise InputError(f"blob {key!r} has {blob.nbytes} bytes, and out has room for {len(view)}")
+        with self._lock:
+            self._check_open()
+            self._read_begins()
+        try:
+            file = blob.open()
+        except StorageError as error:
+            handle = ReadHandle(key, self.folder, partial(self._read_ended, None, blob.nbytes))
+            handle.fail(error)
+            handle.start(self._readers, lambda _: None, range(0))
+            return handle
+        handle = ReadHandle(key, self.folder, partial(self._read_ended, file, blob.nbytes))
+        handle.start(self._readers, lambda number: file.read(number, view), range(len(blob.chunks())))
+        return handle
+
+    def _read_begins(self) -> None:
+        if not self._reads:
+            self._busy_since = time.perf_counter()
+        self._reads += 1
+
+    def _read_ended(self, file: DirectFile | OpenForeign | None, nbytes: int, error: StorageError | None) -> None:
         with self._lock:
             self._reads -= 1
             if not self._reads:

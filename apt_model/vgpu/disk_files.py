@@ -83,6 +83,14 @@ class DirectFile:
             kept = len(view) - len(view) % PAGE if len(buffers) > 1 else 0
             view[kept:] = spare[: len(view) - kept]
 
+    def read_anywhere(self, view: memoryview, offset: int) -> None:
+        """Fill `view` from any `offset` on, by way of memory of the thread."""
+        before = offset % PAGE
+        spare = _spare(padded(before + len(view)))
+        self._transfer(os.preadv, [spare], offset - before, least=before + len(view))
+        # As an array: a long copy of a memoryview would keep all other threads of Python waiting.
+        np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(spare, np.uint8)[before : before + len(view)])
+
     def check(self, size: int, offset: int, judge: Callable[[memoryview], None]) -> None:
         """Have `judge` look at the bytes at `offset`, in memory of the thread."""
         spare = _spare(padded(size))
@@ -115,9 +123,12 @@ class DirectFile:
         return ([view[:-tail], spare] if len(view) > tail else [spare]), spare
 
     def _transfer(
-        self, call: Callable[[int, Sequence[memoryview], int], int], buffers: list[memoryview], offset: int
-    ) -> None:
-        while buffers:
+        self, call: Callable[[int, Sequence[memoryview], int], int], buffers: list[memoryview], offset: int, *,
+        least: int | None = None,
+    ) -> None:  # fmt: skip
+        """All of `buffers`, or at least so many bytes where the file ends then."""
+        end = offset + (sum(map(len, buffers)) if least is None else least)
+        while offset < end:
             direct = self.direct  # another thread may go buffered during the call, which is refused all the same
             try:
                 count = call(self.descriptor, buffers, offset)
@@ -129,7 +140,7 @@ class DirectFile:
             offset += count
             buffers = _after(buffers, count)
             # Past the page cache a part of a block is the end of the file.
-            if not count or (buffers and self.direct and count % PAGE):
+            if offset < end and (not count or (self.direct and count % PAGE)):
                 raise ShortReadError(offset)
 
     def _go_buffered(self) -> None:

@@ -1,9 +1,7 @@
 """Tensors under keys, in whichever level has room: what is used stays high, and what has to make room moves down."""
 
-import contextlib
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,7 +36,7 @@ class _OnDevice:
         self.level, self._device = level, device
 
     def keep(self, entry: _Entry, data: Tensor) -> Any:
-        with _taken(self.level, entry):
+        with self.level.taken(entry.room, f"tensor {entry.key!r}"):
             return torch.empty(entry.nbytes, dtype=torch.uint8, device=self._device).copy_(data)
 
     def bytes_of(self, entry: _Entry) -> Tensor:
@@ -76,7 +74,7 @@ class _OnDisk:
 
     def keep(self, entry: _Entry, data: Tensor) -> Any:
         name = f"key-{id(entry)}-{entry.key}"
-        with _taken(self.level, entry):
+        with self.level.taken(entry.room, f"tensor {entry.key!r}"):
             self._store.write(name, data.cpu())
         return name
 
@@ -88,17 +86,6 @@ class _OnDisk:
     def drop(self, entry: _Entry, held: Any) -> None:
         self._store.delete(held)
         self.level.give(entry.room)
-
-
-@contextlib.contextmanager
-def _taken(level: Level, entry: _Entry) -> Iterator[None]:
-    """Count an entry as held, unless what is done within fails."""
-    level.take(entry.room, f"tensor {entry.key!r}")
-    try:
-        yield
-    except BaseException:
-        level.give(entry.room)
-        raise
 
 
 class KeyedTensors:

@@ -1,6 +1,7 @@
 """A model taken apart to fit, packed to blobs and planned: the same for a model in memory and for a saved one. Pure."""
 
 import dataclasses
+from collections.abc import Callable
 
 from apt_model.core.errors import CapacityError
 from apt_model.vgpu.planner import DEVICE, Blob, Capacities, Plan, plan
@@ -35,7 +36,9 @@ def pack(name: str, stored: list[Stored]) -> Packing:
 class Layout:
     """A model taken apart to fit, and the plan for it."""
 
-    def __init__(self, found: Found, buffers: int, capacities: Capacities, slots: int) -> None:
+    def __init__(
+        self, found: Found, buffers: int, capacities: Capacities, slots: int, in_files: Callable[[Packing], bool]
+    ) -> None:
         self.found = found
         self.windows: list[Window] = found.windows
         self.blobs: list[Packing] = []
@@ -51,12 +54,14 @@ class Layout:
                         shared[each] = len(self.blobs)
                         self.blobs.append(pack(each.name, [each]))
                     self.needs[i].append(shared[each])
+        self.chunk = self.spare = 0
+        """What files of others are read by, and bytes of host memory that this takes."""
         self.loose = pack("what lies around the blocks", found.loose)
         self.buffers = padded(buffers)
         always = self.buffers + (padded(self.loose.nbytes) if found.loose else 0)
         self.plan: Plan = plan(
-            [Blob(name=each.name, nbytes=each.nbytes) for each in self.blobs], capacities, always=always,
-            slots=slots, at_once=max(map(len, self.needs), default=1),
+            [Blob(name=each.name, nbytes=each.nbytes, in_files=in_files(each)) for each in self.blobs], capacities,
+            always=always, slots=slots, at_once=max(map(len, self.needs), default=1),
         )  # fmt: skip
 
     @property
@@ -69,7 +74,10 @@ class Layout:
         self.blobs.append(pack(name, stored))
 
 
-def lay_out(root: Node, buffers: int, capacities: Capacities, slots: int) -> Layout:
+def lay_out(
+    root: Node, buffers: int, capacities: Capacities, slots: int,
+    in_files: Callable[[Packing], bool] = lambda _: False,
+) -> Layout:  # fmt: skip
     """Take a model apart into the largest blocks with which all slots fit; `CapacityError` where none do.
 
     Args:
@@ -77,6 +85,7 @@ def lay_out(root: Node, buffers: int, capacities: Capacities, slots: int) -> Lay
         buffers: bytes of its buffers, which stay on level 1.
         capacities: of the levels.
         slots: places on level 1 that are asked for.
+        in_files: whether a blob's bytes lie in files already.
     """
     room = capacities.device
     total = sum(each.nbytes for each in find(root, 0).stored)
@@ -85,7 +94,7 @@ def lay_out(root: Node, buffers: int, capacities: Capacities, slots: int) -> Lay
     fault: CapacityError | None = None
     for _ in range(_HALVINGS):
         try:
-            layout = Layout(find(root, limit), buffers, capacities, slots)
+            layout = Layout(find(root, limit), buffers, capacities, slots, in_files)
         except CapacityError as error:
             fault = error
         else:

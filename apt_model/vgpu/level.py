@@ -1,6 +1,8 @@
 """What a level holds and has done: its hard capacity, and the counts that `stats` tells."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from apt_model.core.errors import CapacityError
@@ -40,6 +42,16 @@ class Level:
         with self._lock:
             self.used -= count
             assert self.used >= 0, self.used
+
+    @contextlib.contextmanager
+    def taken(self, count: int, what: str) -> Iterator[None]:
+        """`take`, and `give` where what is done within fails."""
+        self.take(count, what)
+        try:
+            yield
+        except BaseException:
+            self.give(count)
+            raise
 
     def stats(self) -> dict[str, Any]:
         """For people: MB, counts, and GB/s of what came in."""

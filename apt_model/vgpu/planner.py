@@ -25,6 +25,8 @@ class Blob:
 
     name: str
     nbytes: int
+    in_files: bool = False
+    """Whether these bytes lie in files already: on the disk they take no room."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,13 @@ class Capacities:
     disk: int | None = None
     taken: tuple[int, int, int] = (0, 0, 0)
     """What others hold of each level already: these come on top where an error names what would do."""
+
+    def without(self, count: int) -> "Capacities":
+        """With so many bytes of host memory taken; of level 1 where that is the host's."""
+        device, host, disk = self.taken
+        if self.host is None:
+            return dataclasses.replace(self, device=self.device - count, taken=(device + count, host, disk))
+        return dataclasses.replace(self, host=self.host - count, taken=(device, host + count, disk))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +103,7 @@ def plan(
         on_disk, places = _below(sizes, streamed, capacities, staging)
     for i in on_disk:
         homes[i] = DISK
-    on_disk_bytes = sum(sizes[i] for i in on_disk)
+    on_disk_bytes = sum(sizes[i] for i in on_disk if not blobs[i].in_files)
     if capacities.disk is not None and on_disk_bytes > capacities.disk:
         raise CapacityError(
             f"{enough(need)} are streamed, {enough(on_disk_bytes)} of them from the disk, which has room for "
@@ -102,7 +111,8 @@ def plan(
             remedy=f"give the disk at least {enough(on_disk_bytes + capacities.taken[DISK])}, or the levels above "
             "it more",
         )
-    return _made(sizes, homes, always, count, slot, staging=places)
+    made = _made(sizes, homes, always, count, slot, staging=places)
+    return dataclasses.replace(made, disk_bytes=on_disk_bytes)
 
 
 def _residents(

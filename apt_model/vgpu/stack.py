@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +17,18 @@ from apt_model.core.errors import InputError, StorageError
 from apt_model.core.options import require
 from apt_model.vgpu.attached import Attached, check, leave_order, prepare
 from apt_model.vgpu.config import VGPUConfig
+from apt_model.vgpu.hollow import Hollow
 from apt_model.vgpu.keyed import KeyedTensors
-from apt_model.vgpu.layout import Layout, lay_out
+from apt_model.vgpu.layout import Layout, Packing, lay_out
 from apt_model.vgpu.memory import memory_of
 from apt_model.vgpu.modules import buffer_bytes, tree_of
+from apt_model.vgpu.planner import DISK
 from apt_model.vgpu.report import Report, report
+from apt_model.vgpu.weights import FolderWeights, Weights
 
 LOG = logging.getLogger(__name__)
+# Of host memory, the part that threads have to read other people's files through.
+_OF_SPARE = 16
 
 
 class VGPUStack:
@@ -100,26 +106,38 @@ class VGPUStack:
                 except StorageError as error:  # which `get` raises
                     LOG.info("prefetch of %r: %s", key, error.message)
 
-    def attach(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: nn.Module, *, weights: str | Path | Weights | None = None) -> nn.Module:
         """Move the weights of `model` to the levels, and stream them from there; returns the model.
 
         The model computes on level 1's device and takes its inputs there.
 
+        Args:
+            model: any; with `weights` its parameters may be on meta, and never are all in memory at once.
+            weights: a folder of safetensors that holds the values, by their names in the model, or an object that
+                gives them (`vgpu/weights.py`). A block that lives on the disk and lies in these files as it is needed
+                is read from them, and takes no room of the disk's level.
+
         Raises:
             CapacityError: a level is too small; says the least that would do. The model stays as it was.
+            CheckpointError: the files lack values, or have others; the model stays as it was.
         """
+        source = FolderWeights(weights) if isinstance(weights, str | Path) else weights
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
             self._check_open()
             check(model)
             self._memory.sweep()
-            prepare(model, self.device)
+            hollow: Hollow | None = None
             try:
-                layout = self._layout(model)
+                prepare(model, self.device)
+                hollow = None if source is None else Hollow(model, source, self.device)
+                layout = self._layout(model, hollow)
+                prefix = f"model-{next(self._numbers)}-"
+                self._models[id(model)] = Attached(model, layout, self._memory, prefix, hollow)
             except BaseException:
+                if hollow is not None:
+                    hollow.undo()
                 leave_order(model, self.device)
                 raise
-            prefix = f"model-{next(self._numbers)}-"
-            self._models[id(model)] = Attached(model, layout, self._memory, prefix)
         return model
 
     def plan(self, model: nn.Module, tokens: int = 1) -> Report:
@@ -187,8 +205,23 @@ class VGPUStack:
     ) -> None:
         self.close()
 
-    def _layout(self, model: nn.Module) -> Layout:
-        return lay_out(tree_of(model), buffer_bytes(model), self._memory.capacities(), self.config.slots)
+    def _layout(self, model: nn.Module, hollow: Hollow | None = None) -> Layout:
+        tree, buffers, capacities = tree_of(model), buffer_bytes(model), self._memory.capacities()
+        store = self._memory.store
+        if hollow is None or store is None:
+            return lay_out(tree, buffers, capacities, self.config.slots)
+
+        def in_files(blob: Packing) -> bool:
+            return hollow.pieces(blob) is not None
+
+        layout = lay_out(tree, buffers, capacities, self.config.slots, in_files)
+        if any(in_files(layout.blobs[i]) for i, home in enumerate(layout.plan.homes) if home == DISK):
+            room = capacities.device if capacities.host is None else capacities.host
+            chunk = store.chunk_within(room // _OF_SPARE, max(each.nbytes for each in tree.stored))
+            spare = store.spare_for(chunk)
+            layout = lay_out(tree, buffers, capacities.without(spare), self.config.slots, in_files)
+            layout.chunk, layout.spare = chunk, spare
+        return layout
 
     def _check_open(self) -> None:
         if self._closed:

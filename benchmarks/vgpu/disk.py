@@ -74,7 +74,7 @@ class Disk:
         return self.memory[number % SLOTS]
 
     def ceiling_read(self, threads):
-        files = [os.open(self.store.path_of(key)[0], os.O_RDONLY | os.O_DIRECT) for key in self.keys]
+        files = [os.open(self.store.place_of(key)[0], os.O_RDONLY | os.O_DIRECT) for key in self.keys]
         # Where the bytes go makes a fifth of the speed on a virtual machine: the same memory in the same turn for all.
         views = [self.slot(number).numpy().data for number in range(len(files))]
         pieces = iter([(*pair, offset) for pair in zip(files, views, strict=True) for offset in self.offsets])

@@ -217,7 +217,7 @@ def files(stack):
 
 
 def keys(stack):
-    return {stack._memory.store.path_of(key)[0]: key for key in stack._memory.store}
+    return {stack._memory.store.place_of(key)[0]: key for key in stack._memory.store}
 
 
 def flip(path):

@@ -80,7 +80,7 @@ def test_bytes_come_back_and_none_behind_them_is_touched(size, shift, out, key, 
         assert (out[size:] == 0xA5).all()
         assert list(store) == [key]
         assert store.nbytes(key) == size
-        assert store.used == disk_files.padded(size) == store.path_of(key)[0].stat().st_size
+        assert store.used == disk_files.padded(size) == store.place_of(key)[0].stat().st_size
         store.verify()
 
 
@@ -119,7 +119,7 @@ def test_aligned_memory_is_read_in_place_in_one_call(store, monkeypatch):
 
 def test_overwrite_delete_and_figures(store):
     store.write("a", filled(5000, 1))
-    first = store.path_of("a")[0]
+    first = store.place_of("a")[0]
     store.write("b/../\udc80", filled(10, 2))
     store.write("a", filled(9000, 3))
     assert not first.exists()
@@ -130,7 +130,7 @@ def test_overwrite_delete_and_figures(store):
     assert 0 < store.seconds_reading < 60
     store.delete("a")
     assert (store.used, list(store), len(files(store))) == (4096, ["b/../\udc80"], 1)
-    for call in (store.delete, store.nbytes, store.path_of, lambda key: store.read(key, memory(1))):
+    for call in (store.delete, store.nbytes, store.place_of, lambda key: store.read(key, memory(1))):
         with pytest.raises(StorageError, match="holds no blob 'a'"):
             call("a")
 
@@ -326,7 +326,7 @@ def open_blobs():
 @pytest.mark.parametrize("late", [True, False])
 def test_a_truncated_file(store, monkeypatch, size, left, late):
     store.write("a", filled(size))
-    path = store.path_of("a")[0]
+    path = store.place_of("a")[0]
     whole = path.stat()
     os.truncate(path, left)
     if late:  # as if it happened after the file was opened
@@ -343,7 +343,7 @@ def test_a_truncated_file(store, monkeypatch, size, left, late):
 def test_a_flipped_byte(store, where):
     data = filled(2 * CHUNK + 5)
     store.write("a", data)
-    path = store.path_of("a")[0]
+    path = store.place_of("a")[0]
     with path.open("r+b") as file:
         file.seek(where)
         file.write(bytes([data[where].item() ^ 1]))
@@ -358,7 +358,7 @@ def test_a_flipped_byte(store, where):
 
 def test_a_missing_file(store):
     store.write("a", filled(10))
-    path = store.path_of("a")[0]
+    path = store.place_of("a")[0]
     path.unlink()
     handle = store.read_async("a", memory(10))
     assert handle.done()
@@ -372,7 +372,7 @@ def test_an_error_in_the_block_is_not_hidden_by_one_in_closing(tmp_path, caplog)
     def use(*, fail):
         with DiskStore(tmp_path, 1 << 20) as store:
             store.write("a", filled(10))
-            store.path_of("a")[0].unlink()
+            store.place_of("a")[0].unlink()
             if fail:
                 raise ValueError("mine")
 
@@ -395,7 +395,7 @@ def test_an_error_in_the_block_is_not_hidden_by_one_in_closing(tmp_path, caplog)
 def test_a_folder_that_changed_since_its_index(tmp_path, change, message):
     with DiskStore(tmp_path, 1 << 20, chunk=CHUNK) as store:
         store.write("a", filled(9000))
-        path = store.path_of("a")[0]
+        path = store.place_of("a")[0]
     change(path)
     for _ in range(2):  # refused again: the lock was given back
         with pytest.raises(StorageError, match=rf"(?s)blob 'a' in {path}.*{message}.*remove the folder"):
