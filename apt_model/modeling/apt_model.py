@@ -247,6 +247,16 @@ class APTModel(nn.Module):
         """
         return pretrained.load_model(cls, Path(directory), device=torch.device(device), dtype=dtype)
 
+    @classmethod
+    def without_values(cls, directory: str | Path) -> "APTModel":
+        """The model of a folder with its parameters on meta, for whoever brings their values block by block.
+
+        As in `VGPUStack.load(folder, config=..., model=lambda: APTModel.without_values(folder))`.
+
+        Raises `CheckpointError` when a file is missing, truncated, or does not fit the configuration.
+        """
+        return pretrained.model_without_values(cls, Path(directory))
+
     def _embed(self, tokens: Tensor) -> Tensor:
         u = self.embedding(tokens)
         if _autocasting(u.device):

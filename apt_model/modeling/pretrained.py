@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from apt_model.core.errors import CheckpointError
 from apt_model.core.files import atomic_file
 from apt_model.core.fp4_storage import QUANTIZATION_CONFIG
+from apt_model.core.tensor_files import read_header
+from apt_model.core.tensor_io import DTYPES
 from apt_model.modeling.configuration import APTModelConfiguration
 from apt_model.modeling.packed_layers import describe_layers, is_packed, swap_layers
 
@@ -34,18 +36,38 @@ def load_model(
     cls: type["APTModel"], directory: Path, *, device: torch.device, dtype: torch.dtype | None
 ) -> "APTModel":
     """Build the model that `directory` describes and give it the weights there."""
-    config = APTModelConfiguration.load(directory)
     tensors = read_tensors(directory / WEIGHTS_FILE)
-    with torch.device("meta"):
-        model = cls(config)
-    kept = tensors.get("embedding.weight")
-    swap_layers(model, tensors, directory, torch.get_default_dtype() if kept is None else kept.dtype)
+    model = _on_meta(cls, directory, {name: tensor.dtype for name, tensor in tensors.items()})
     check_tensors(model.state_dict(), tensors, directory / WEIGHTS_FILE)
     model.load_state_dict(tensors, assign=True)
     model.rotary.fill(model.embedding.weight.device)
+    _freeze_packed(model)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def model_without_values(cls: type["APTModel"], directory: Path) -> "APTModel":
+    """Build the model that `directory` describes, with its parameters on meta, in the types of the file."""
+    kinds = {name: DTYPES[entry.dtype] for name, entry in read_header(directory / WEIGHTS_FILE).entries.items()}
+    model = _on_meta(cls, directory, kinds)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != kinds.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(kinds[name])
+    model.rotary.fill(torch.device("cpu"))
+    _freeze_packed(model)
+    return model.eval()
+
+
+def _on_meta(cls: type["APTModel"], directory: Path, kinds: dict[str, torch.dtype]) -> "APTModel":
+    """The model with the layers that tensors of these names and types are for."""
+    with torch.device("meta"):
+        model = cls(APTModelConfiguration.load(directory))
+    swap_layers(model, kinds, directory, kinds.get("embedding.weight", torch.get_default_dtype()))
+    return model
+
+
+def _freeze_packed(model: "APTModel") -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() and not is_packed(name))
-    return model.to(device=device, dtype=dtype).eval()
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

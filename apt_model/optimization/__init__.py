@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "FP4Config": "apt_model.optimization.fp4_config",
         "FusedFP4Embedding": "apt_model.layers.fp4_embedding",
         "FusedFP4Linear": "apt_model.layers.fp4_linear",
-        "VGPUStack": "apt_model.vgpu.stack",
+        "VGPUStack": "apt_model.optimization.vgpu_stack",
         "dequantize": "apt_model.optimization.convert",
         "get_device": "apt_model.core.system",
         "get_device_manager": "apt_model.core.system",

@@ -185,7 +185,7 @@ class Attached:
             assert self._store is not None
             assert self._scratch is not None
             key = self._key(number)
-            pieces = None if self._hollow is None else self._hollow.pieces(blob)
+            pieces = self._hollow.pieces(blob) if self._hollow is not None and self.layout.chunk else None
             if pieces is not None:
                 self._store.adopt(key, pieces, self.layout.chunk)
             else:

@@ -121,6 +121,12 @@ class Places:
                 self._settle(stage)
                 stage.blob = -1
 
+    def void(self, place: Place) -> None:
+        """A place's content is not what its blob is: whoever needs that next has it brought again."""
+        if place.blob >= 0:
+            self.overwritten(place)
+            self._forget(place)
+
     def drain(self) -> None:
         """Wait for everything that is under way, and forget what is where."""
         for place in self.all:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from apt_model.core.errors import InputError, StorageError
+from apt_model.core.errors import CapacityError, InputError, StorageError
 from apt_model.core.options import require
 from apt_model.vgpu.attached import Attached, check, leave_order, prepare
 from apt_model.vgpu.config import VGPUConfig
@@ -219,7 +219,10 @@ class VGPUStack:
             room = capacities.device if capacities.host is None else capacities.host
             chunk = store.chunk_within(room // _OF_SPARE, max(each.nbytes for each in tree.stored))
             spare = store.spare_for(chunk)
-            layout = lay_out(tree, buffers, capacities.without(spare), self.config.slots, in_files)
+            try:
+                layout = lay_out(tree, buffers, capacities.without(spare), self.config.slots, in_files)
+            except CapacityError:  # no room to read them through: the disk level holds a copy
+                return lay_out(tree, buffers, capacities, self.config.slots)
             layout.chunk, layout.spare = chunk, spare
         return layout
 

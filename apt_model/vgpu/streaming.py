@@ -177,8 +177,14 @@ class Streaming:
 
     def _shut(self, opened: _Open) -> None:
         opened.saving.__exit__(None, None, None)
+        fault: BaseException | None = None
         for blob, place in opened.held:
-            self._deactivate(blob, place)
+            try:
+                self._deactivate(blob, place)
+            except BaseException as error:  # noqa: BLE001, PERF203 - the others are to be let go all the same
+                fault = fault or error
+        if fault is not None:
+            raise fault
 
     def _ahead(self) -> Iterator[int]:
         """Blobs in the order in which they are expected, each once."""
@@ -251,8 +257,12 @@ class Streaming:
                 if seen.parameter._version != version:  # noqa: SLF001
                     written.append(seen)
                 away(seen.parameter, self._values.read)
-            if written:
-                self._values.keep(blob, place, *written)
+            try:
+                if written:
+                    self._values.keep(blob, place, *written)
+            finally:
+                self._places.let(place)
+            return
         self._places.let(place)
 
     def _overwritten(self, place: Place) -> None:

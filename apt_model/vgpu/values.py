@@ -159,9 +159,13 @@ class Values:
 
     def keep(self, blob: int, place: Place, *written: Seen) -> None:
         """What is in a place has changed: it is so where it lives, too."""
+        try:
+            self._home.keep(blob, place.memory)
+        except BaseException:
+            self._places.void(place)  # it is not so
+            raise
         for seen in written:
             self._versions[blob, seen.offset] += 1
-        self._home.keep(blob, place.memory)
         self._places.changed(blob)
 
     def own(self, tensor: Tensor) -> Tensor:
