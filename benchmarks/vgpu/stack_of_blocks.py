@@ -28,9 +28,9 @@ def config_of(*, small: bool):
     return LlamaConfig(**(SMALL_SHAPE if small else SHAPE), vocab_size=8, use_cache=False, attn_implementation="sdpa")
 
 
-def stack_of(count: int, device: str, *, small: bool) -> Stack:
-    """Frozen, in bf16; every call on a device gives the same weights."""
-    torch.manual_seed(0)
+def stack_of(count: int, device: str, *, small: bool, seed: int = 0) -> Stack:
+    """Frozen, in bf16; every call on a device with a seed gives the same weights."""
+    torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
