@@ -18,7 +18,6 @@ import torch
 from apt_model.core.errors import CapacityError, DeviceError, InputError
 from apt_model.core.system.device import Device
 from apt_model.vgpu import host_pages
-from apt_model.vgpu.host_pages import HUGE_PAGE
 from apt_model.vgpu.units import PAGE, padded, shown
 
 LOG = logging.getLogger(__name__)
@@ -202,7 +201,7 @@ class HostArena:
         """One segment of free neighbours, and of at least `more` bytes that are committed for it."""
         if more:
             room = self.capacity - self.committed
-            more, ample = (min(padded(size, HUGE_PAGE), room) for size in (more, max(more, _SEGMENT)))
+            more, ample = (min(padded(size), room) for size in (more, max(more, _SEGMENT)))
             host_pages.require_free(more)
             more = ample if host_pages.is_free(ample) else more
             host_pages.bring(self._address + self.committed, more, self._threads)

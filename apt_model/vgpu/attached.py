@@ -98,7 +98,7 @@ class Attached:
         at = chosen.slots * chosen.slot_bytes
         self._move_buffers()
         self._reserve()
-        self._stages = [self._take(chosen.staging_bytes) for _ in range(chosen.staging)]
+        self._stages = list(self._pieces([chosen.staging_bytes] * chosen.staging))
         self._scratch = self._stages[0] if self._stages else places[0] if places else None
         resident: list[tuple[int | None, Packed]] = [(None, see(self.layout.loose))] if self.layout.found.loose else []
         resident += [(i, blob) for i, blob in enumerate(self.blobs) if chosen.homes[i] == DEVICE]
@@ -173,11 +173,23 @@ class Attached:
         sizes = {i: padded(self.blobs[i].nbytes) for i in batch if self.layout.plan.homes[i] != DISK}
         if not sizes:
             return {}
-        memory, at, rooms = self._take(sum(sizes.values())), 0, {}
-        for i, size in sizes.items():
-            rooms[i] = memory[at : at + size]
+        return dict(zip(sizes, self._pieces(list(sizes.values())), strict=True))
+
+    def _pieces(self, sizes: list[int]) -> Iterator[Tensor]:
+        """Host memory in one piece, of which nothing is lost, or where the arena has no such in several."""
+        try:
+            memory = self._take(sum(sizes)) if sizes else None
+        except CapacityError:
+            if len(sizes) == 1:
+                raise
+            for size in sizes:
+                yield self._take(size)
+            return
+        at = 0
+        for size in sizes:
+            assert memory is not None
+            yield memory[at : at + size]
             at += size
-        return rooms
 
     def _place(self, number: int, blob: Packed, room: Tensor | None) -> Source:
         """Copy a blob to where it lives: this room, or without one the disk."""

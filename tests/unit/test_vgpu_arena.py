@@ -219,7 +219,7 @@ def test_more_than_the_machine_has_free_is_not_committed(monkeypatch):
         arena.prepare(64 * MIB)
     assert arena.committed == arena.used == 0
     arena.take(5 * MIB)  # not a whole segment, as that is more than there is
-    assert arena.committed == 6 * MIB
+    assert arena.committed == 5 * MIB
     free = None  # the system does not say
     arena.take(20 * MIB)
     assert arena.committed == 64 * MIB
@@ -381,3 +381,15 @@ def test_a_forked_process_leaves_the_registrations_alone(monkeypatch):
         forked.setattr(home.os, "getpid", lambda: -1)
         arena.close()
     assert len(books.ranges) == 1
+
+
+@pytest.mark.parametrize("capacity", [100 * MIB, 100 * MIB + 3 * PAGE])
+def test_pieces_longer_than_a_segment_fill_an_arena_to_its_last_page(capacity, monkeypatch):
+    monkeypatch.setattr(home, "_SEGMENT", 4 * MIB)
+    arena = HostArena(capacity, threads=1)
+    sizes = [4 * MIB + 5 * PAGE] * (capacity // (4 * MIB + 5 * PAGE))
+    sizes.append(capacity - sum(sizes))
+    regions = [arena.take(size) for size in sizes if size]
+    assert arena.used == arena.committed == capacity
+    assert len({region.address for region in regions}) == len(regions)
+    arena.close()
