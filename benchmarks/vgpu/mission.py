@@ -34,7 +34,7 @@ from typing_extensions import Self
 from apt_model.optimization import VGPUStack
 from benchmarks import record
 from benchmarks.fp4.cells import DEVICE, synchronize
-from benchmarks.vgpu.stack_of_blocks import Stack, bytes_of, config_of, inputs_of, stack_of
+from benchmarks.vgpu.stack_of_blocks import Stack, bytes_of, inputs_of, stack_of
 from benchmarks.vgpu.streaming import GPU, HostMemory, link_bytes_per_s, release
 
 MOST_TOKENS = 262144
