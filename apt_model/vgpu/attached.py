@@ -106,6 +106,7 @@ class Attached:
             own = memory[at : at + blob.nbytes]
             at += padded(blob.nbytes)
             self._fill(blob, own)
+            self._memory.first.came.count(blob.nbytes)
             self._settle(blob, i, own)
         sources = {}
         for batch in self._batches():
@@ -125,6 +126,11 @@ class Attached:
     def _disk_level(self) -> Level:
         assert self._memory.disk is not None
         return self._memory.disk
+
+    @property
+    def _host_level(self) -> Level:
+        assert self._memory.host is not None
+        return self._memory.host
 
     def _on_device(self, count: int) -> Tensor:
         """Memory on level 1, from a page's start."""
@@ -205,10 +211,11 @@ class Attached:
                 self._fill(blob, memory)
                 with self._disk_level.taken(padded(blob.nbytes), f"block {blob.name}"):
                     self._store.write(key, memory)
-            return Source(blob.nbytes, None, key)
+            return Source(blob.name, blob.nbytes, None, key)
         self._fill(blob, room)
+        self._host_level.came.count(blob.nbytes)
         self._host[number] = room
-        return Source(blob.nbytes, room, None)
+        return Source(blob.name, blob.nbytes, room, None)
 
     def _fill(self, blob: Packed, memory: Tensor) -> None:
         if self._hollow is None:
@@ -246,7 +253,9 @@ class Attached:
         packed = self.blobs[blob]
         if self._lanes.real:
             self._lanes.compute().synchronize()
+        self._memory.first.went.count(packed.nbytes)
         if blob in self._host:
+            self._host_level.came.count(packed.nbytes)
             self._host[blob][: packed.nbytes].copy_(memory[: packed.nbytes])
             return
         assert self._store is not None
@@ -330,8 +339,10 @@ class Attached:
 
     def _memory_of(self, blob: Packed, number: int | None) -> Tensor:
         if id(blob) in self._residents:
+            self._memory.first.went.count(blob.nbytes)
             return self._residents[id(blob)]
         assert number is not None
+        self._host_level.went.count(blob.nbytes)
         return self._host[number]
 
 

@@ -6,10 +6,9 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,11 @@ from apt_model.vgpu.disk_files import (
 )
 from apt_model.vgpu.disk_foreign import Foreign, OpenForeign, Piece
 from apt_model.vgpu.disk_index import AGAIN, FILE_NAME, Blob, changed, read_index, write_index
+from apt_model.vgpu.traffic import Arrival, Traffic
 from apt_model.vgpu.units import PAGE, padded
 
 LOG = logging.getLogger(__name__)
+Told = Callable[[StorageError | None], None]
 
 
 class DiskStore:
@@ -56,12 +57,12 @@ class DiskStore:
         if capacity < 0:
             raise ConfigError(f"capacity must not be negative, and is {capacity}")
         self.capacity, self.chunk, self._threads = capacity, chunk, threads
-        self.peak = self.bytes_read = self.bytes_written = 0
+        self.peak = 0
+        self.reads, self.writes = Traffic(), Traffic()
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
         self._no_writes = threading.Condition(self._lock)
-        self._writes = self._reads = self._used = 0
-        self._seconds, self._busy_since = 0.0, 0.0
+        self._writes = self._used = 0
         self._closed = False
         self._kept = folder is not None
         try:
@@ -109,14 +110,14 @@ class DiskStore:
             self._next += 1
         stale: Blob | None = None
         try:
-            blob = self._write_file(key, path, view)
+            with self.writes.start(key, len(view)):
+                blob = self._write_file(key, path, view)
             with self._lock:
                 self._check_open()
                 stale = self._blobs.get(key)
                 self._blobs[key] = blob
                 self._foreign.pop(key, None)
                 self._indexed = False
-                self.bytes_written += len(view)
         except BaseException:
             remove(path)
             with self._lock:
@@ -163,16 +164,17 @@ class DiskStore:
         """Fill the beginning of `out` with the blob; bytes of `out` behind it stay as they are."""
         self.read_async(key, out, verify=verify).finish()
 
-    def read_async(self, key: str, out: Tensor, *, verify: bool = True) -> ReadHandle:
+    def read_async(self, key: str, out: Tensor, *, verify: bool = True, told: Told | None = None) -> ReadHandle:
         """Begin to fill `out`, which is not to be touched until the handle's `wait`, where faults are raised.
 
-        A blob that is replaced or deleted meanwhile is still read as it was.
+        A blob that is replaced or deleted meanwhile is still read as it was. `told` is called once, by some thread,
+        when the read is over, with what went wrong or None; not where this call raises.
         """
         view = bytes_of(out, "out")
         foreign = self._foreign.get(key)
-        return (
-            self._begin_read(key, view, verify=verify) if foreign is None else self._begin_foreign(foreign, key, view)
-        )
+        if foreign is not None:
+            return self._begin_foreign(foreign, key, view, told)
+        return self._begin_read(key, view, verify=verify, told=told)
 
     def delete(self, key: str) -> None:
         """Remove the blob and its file."""
@@ -235,8 +237,17 @@ class DiskStore:
     @property
     def seconds_reading(self) -> float:
         """Time in which at least one read was under way."""
-        with self._lock:
-            return self._seconds + (time.perf_counter() - self._busy_since if self._reads else 0.0)
+        return self.reads.seconds
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of reads, those under way included."""
+        return self.reads.bytes
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of writes, those under way included."""
+        return self.writes.bytes
 
     def __contains__(self, key: object) -> bool:
         with self._lock:
@@ -295,7 +306,9 @@ class DiskStore:
         handle.finish()
         return blob
 
-    def _begin_read(self, key: str, view: memoryview | None, *, verify: bool) -> ReadHandle:
+    def _begin_read(
+        self, key: str, view: memoryview | None, *, verify: bool, told: Told | None = None
+    ) -> ReadHandle:  # fmt: skip
         """Read into `view`, or only compare checksums."""
         file: DirectFile | None = None
         failure: BaseException | None = None
@@ -313,7 +326,7 @@ class DiskStore:
                     failure = changed(key, path, offset, f"{size} bytes", f"{padded(blob.nbytes)} bytes")
             except OSError as error:
                 failure = error
-            self._read_begins()
+            arrival = self.reads.start(key, blob.nbytes)
 
         def serve(offset: int) -> None:
             assert file is not None
@@ -327,42 +340,28 @@ class DiskStore:
             if verify:
                 compare(piece)
 
-        handle = ReadHandle(key, path, partial(self._read_ended, file, blob.nbytes))
+        handle = ReadHandle(key, path, partial(_read_ended, file, arrival, told))
         if failure is not None:
             handle.fail(failure)
         handle.start(self._readers, serve, blob.offsets if failure is None else range(0))
         return handle
 
-    def _begin_foreign(self, blob: Foreign, key: str, view: memoryview) -> ReadHandle:
+    def _begin_foreign(self, blob: Foreign, key: str, view: memoryview, told: Told | None) -> ReadHandle:
         if len(view) < blob.nbytes:
             raise InputError(f"blob {key!r} has {blob.nbytes} bytes, and out has room for {len(view)}")
         with self._lock:
             self._check_open()
-            self._read_begins()
+            arrival = self.reads.start(key, blob.nbytes)
         try:
             file = blob.open()
         except StorageError as error:
-            handle = ReadHandle(key, self.folder, partial(self._read_ended, None, blob.nbytes))
+            handle = ReadHandle(key, self.folder, partial(_read_ended, None, arrival, told))
             handle.fail(error)
             handle.start(self._readers, lambda _: None, range(0))
             return handle
-        handle = ReadHandle(key, self.folder, partial(self._read_ended, file, blob.nbytes))
+        handle = ReadHandle(key, self.folder, partial(_read_ended, file, arrival, told))
         handle.start(self._readers, lambda number: file.read(number, view), range(len(blob.chunks())))
         return handle
-
-    def _read_begins(self) -> None:
-        if not self._reads:
-            self._busy_since = time.perf_counter()
-        self._reads += 1
-
-    def _read_ended(self, file: DirectFile | OpenForeign | None, nbytes: int, error: StorageError | None) -> None:
-        with self._lock:
-            self._reads -= 1
-            if not self._reads:
-                self._seconds += time.perf_counter() - self._busy_since
-            self.bytes_read += 0 if error else nbytes
-        if file is not None:
-            file.close()
 
     def _flush(self) -> None:
         with self._flushing:
@@ -407,6 +406,16 @@ class DiskStore:
             if FILE_NAME.fullmatch(found.name) and found.name not in files:
                 remove(found)
         return blobs
+
+
+def _read_ended(
+    file: DirectFile | OpenForeign | None, arrival: Arrival, told: Told | None, error: StorageError | None
+) -> None:
+    arrival.end(error)
+    if told is not None:
+        told(error)
+    if file is not None:
+        file.close()
 
 
 def _compare(expected: int, key: str, path: Path, offset: int, piece: memoryview) -> None:

@@ -1,6 +1,7 @@
 """Tensors under keys, in whichever level has room: what is used stays high, and what has to make room moves down."""
 
 import dataclasses
+import functools
 from collections import OrderedDict
 from typing import Any
 
@@ -32,12 +33,19 @@ class _Entry:
 class _OnDevice:
     """Entries as tensors of their own on level 1."""
 
-    def __init__(self, level: Level, device: torch.device) -> None:
-        self.level, self._device = level, device
+    def __init__(self, level: Level, memory: Memory) -> None:
+        self.level, self._lanes, self._clock = level, memory.lanes, memory.clock
 
     def keep(self, entry: _Entry, data: Tensor) -> Any:
         with self.level.taken(entry.room, f"tensor {entry.key!r}"):
-            return torch.empty(entry.nbytes, dtype=torch.uint8, device=self._device).copy_(data)
+            held = torch.empty(entry.nbytes, dtype=torch.uint8, device=self._lanes.device)
+            stream = self._lanes.compute()
+            begin = self._clock.mark(stream)
+            held.copy_(data)
+            self.level.came.count(entry.nbytes)
+            took = functools.partial(self.level.came.took, entry.key, entry.nbytes)
+            self._clock.between(begin, self._clock.mark(stream), took)
+            return held
 
     def bytes_of(self, entry: _Entry) -> Tensor:
         held: Tensor = entry.held
@@ -55,7 +63,8 @@ class _OnHost:
 
     def keep(self, entry: _Entry, data: Tensor) -> Any:
         region = self._memory.take_host(entry.room, f"tensor {entry.key!r}")
-        region.tensor[: entry.nbytes].copy_(data)
+        with self.level.came.start(entry.key, entry.nbytes):
+            region.tensor[: entry.nbytes].copy_(data)
         return region
 
     def bytes_of(self, entry: _Entry) -> Tensor:
@@ -93,7 +102,7 @@ class KeyedTensors:
 
     def __init__(self, memory: Memory) -> None:
         self._device = memory.lanes.device
-        self._tiers: list[Any] = [_OnDevice(memory.first, self._device)]
+        self._tiers: list[Any] = [_OnDevice(memory.first, memory)]
         if memory.host is not None:
             self._tiers.append(_OnHost(memory.host, memory))
         if memory.disk is not None and memory.store is not None:
@@ -122,12 +131,14 @@ class KeyedTensors:
         if at is None:
             raise KeyError(key)
         for above in range(at):
-            self._tiers[above].level.misses += 1
-        self._tiers[at].level.hits += 1
+            self._tiers[above].level.found(False)
+        self._tiers[at].level.found(True)
         entry = self._held[at][key]
         data = self._tiers[at].bytes_of(entry)
         if at > 0:
             data = self._promote(entry, at, data)
+            if key not in self._held[0]:
+                self._went(entry, at)
         else:
             self._held[0].move_to_end(key)
         copied = data.to(self._device, copy=True)
@@ -177,8 +188,7 @@ class KeyedTensors:
             held = self._make(entry, data, 0, spared=entry.key)
         except CapacityError:
             return data
-        level.bytes_in += entry.nbytes
-        self._tiers[at].level.bytes_out += entry.nbytes
+        self._went(entry, at)
         self._remove(entry.key, at)
         entry.held = held
         self._held[0][entry.key] = entry
@@ -229,7 +239,11 @@ class KeyedTensors:
         self._remove(key, at)
         entry.held = held
         self._held[below][key] = entry
-        tier.level.evictions += 1
-        tier.level.bytes_out += entry.nbytes
-        self._tiers[below].level.bytes_in += entry.nbytes
+        tier.level.evicted()
+        self._went(entry, at)
         return True
+
+    def _went(self, entry: _Entry, at: int) -> None:
+        """Count a copy from a level; from the disk it is a read, which the store counted."""
+        if not isinstance(self._tiers[at], _OnDisk):
+            self._tiers[at].level.went.count(entry.nbytes)

@@ -28,10 +28,6 @@ class Nothing:
         """Whether it is over: always."""
         return True
 
-    def elapsed_time(self, _: object) -> float:
-        """Milliseconds to another: none."""
-        return 0.0
-
 
 _NOTHING: Any = Nothing()
 
@@ -46,6 +42,11 @@ class Lanes:
     def event(self, *, timed: bool = False) -> Any:
         """A new one; on a CPU nothing."""
         return torch.Event(device=self.device, enable_timing=timed) if self.real else _NOTHING
+
+    def synchronize(self) -> None:
+        """Wait for the device, whichever stream it is in."""
+        if self.real:
+            torch.accelerator.synchronize(self.device)
 
     def compute(self) -> Any:
         """The stream on which the caller computes."""

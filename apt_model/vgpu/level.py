@@ -2,22 +2,25 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from apt_model.core.errors import CapacityError
 from apt_model.vgpu.config import LevelConfig
+from apt_model.vgpu.traffic import Traffic
 from apt_model.vgpu.units import MB, shown
 
 
 class Level:
-    """Bytes that are taken and given back, never more than the capacity at once."""
+    """Bytes that are taken and given back, never more than the capacity at once. Any thread may call."""
 
     def __init__(self, config: LevelConfig) -> None:
         self.config, self.capacity = config, config.capacity
         self.used = self.peak = 0
-        self.hits = self.misses = self.evictions = self.bytes_in = self.bytes_out = 0
-        self.busy_s = 0.0  # in which `bytes_in` came
+        self.hits = self.misses = self.evictions = 0
+        self.stalled_s = 0.0  # in which whoever computes waited for what was not there
+        self.came, self.went = Traffic(), Traffic()
+        self.watch: Callable[[int], None] | None = None  # told `used`, whenever it is another
         self._lock = threading.Lock()
 
     @property
@@ -36,12 +39,32 @@ class Level:
                 )
             self.used += count
             self.peak = max(self.peak, self.used)
+            if self.watch is not None:
+                self.watch(self.used)
 
     def give(self, count: int) -> None:
         """Count `count` bytes as gone."""
         with self._lock:
             self.used -= count
             assert self.used >= 0, self.used
+            if self.watch is not None:
+                self.watch(self.used)
+
+    def found(self, hit: bool) -> None:
+        """Count an access: whether it found what it wanted here, and did not wait."""
+        with self._lock:
+            self.hits += hit
+            self.misses += not hit
+
+    def evicted(self) -> None:
+        """Count something that had to make room."""
+        with self._lock:
+            self.evictions += 1
+
+    def stalled(self, seconds: float) -> None:
+        """Count time in which whoever computes waited."""
+        with self._lock:
+            self.stalled_s += seconds
 
     @contextlib.contextmanager
     def taken(self, count: int, what: str) -> Iterator[None]:
@@ -65,7 +88,7 @@ class Level:
             "misses": self.misses,
             "hit_rate": self.hits / accesses if accesses else None,
             "evictions": self.evictions,
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.bytes_out,
-            "gbps": self.bytes_in / self.busy_s / 1e9 if self.busy_s else None,
+            "bytes_in": self.came.bytes,
+            "bytes_out": self.went.bytes,
+            "gbps": self.came.gbps,
         }

@@ -8,6 +8,7 @@ import torch
 
 from apt_model.core.system.manager import get_device_manager
 from apt_model.vgpu.arena import DevicePin, HostArena, Region
+from apt_model.vgpu.clock import Clock
 from apt_model.vgpu.config import DISK, HOST, VGPUConfig
 from apt_model.vgpu.disk import DiskStore
 from apt_model.vgpu.lanes import Lanes
@@ -33,6 +34,7 @@ class Memory(NamedTuple):
     disk: Level | None
     store: DiskStore | None
     lent: list[Lent]
+    clock: Clock
 
     def sweep(self) -> None:
         """Give back host memory that nobody sees any more."""
@@ -93,4 +95,6 @@ def memory_of(config: VGPUConfig) -> Memory:
     if host is not None:  # a CPU reads host memory as it is
         arena = HostArena(host.capacity, pin=DevicePin(manager) if lanes.real else None)
     below_first = [None if level is None else Level(level) for level in (host, disk)]
-    return Memory(lanes, Level(first), below_first[0], arena, below_first[1], store, [])
+    if below_first[1] is not None and store is not None:
+        below_first[1].came, below_first[1].went = store.writes, store.reads
+    return Memory(lanes, Level(first), below_first[0], arena, below_first[1], store, [], Clock(lanes))

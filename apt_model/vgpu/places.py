@@ -1,20 +1,25 @@
 """Places on level 1 that blobs pass through, and how they get there from the levels below."""
 
 import contextlib
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from apt_model.core.errors import CapacityError, StorageError
+from apt_model.vgpu.clock import DEVICE_WAITS, HOST_WAITS
+from apt_model.vgpu.disk_files import ReadHandle
 from apt_model.vgpu.lanes import Lanes
+from apt_model.vgpu.level import Level
 from apt_model.vgpu.memory import Memory
+from apt_model.vgpu.traffic import Span
 
 # Seconds below which the device is not said to have waited: two events and a wait that has nothing to wait for.
 _NO_WAIT = 20e-6
-_MOST_TIMED = 512
+_NO_TIME = Span(0.0, 0, 0)
 
 
 class Place:
@@ -31,10 +36,10 @@ class Place:
 class Source:
     """Where a blob that is streamed lives."""
 
-    __slots__ = ("host", "key", "nbytes")
+    __slots__ = ("host", "key", "name", "nbytes")
 
-    def __init__(self, nbytes: int, host: Tensor | None, key: str | None) -> None:
-        self.nbytes, self.host, self.key = nbytes, host, key
+    def __init__(self, name: str, nbytes: int, host: Tensor | None, key: str | None) -> None:
+        self.name, self.nbytes, self.host, self.key = name, nbytes, host, key
 
 
 class Stage:
@@ -56,18 +61,19 @@ class Places:
     def __init__(self, slots: list[Tensor], stages: list[Tensor], sources: dict[int, Source], memory: Memory) -> None:
         lanes = self.lanes = memory.lanes
         self._sources, self._level, self._store = sources, memory.first, memory.store
+        self._below, self._clock = memory.host, memory.clock
         self.all = [Place(each, lanes) for each in slots]
         self._stages = [Stage(each, lanes) for each in stages]
         self.where: dict[int, Place] = {}
         self.overwritten: Callable[[Place], None] = lambda _: None  # told before a place's content goes
-        self.waited_s = 0.0  # of the host, for the disk
-        self._timed: deque[tuple[Any, Any]] = deque()
-        self._spare: list[Any] = []
 
     def hold(self, blob: int, ahead: Iterable[int]) -> Place:
         """A blob's place, from which it does not go until `let`; whoever computes next waits for it on the device."""
         place = self.where.get(blob)
         there = place is not None
+        # Where the host may have to wait, the device's wait begins before that; else the host's own work is none.
+        late = place is None or place.pending is not None
+        asked = self._clock.mark(self.lanes.compute()) if late else None
         if place is None:
             place = self._victim(set(ahead))
             if self._staging(blob):
@@ -75,15 +81,15 @@ class Places:
             self._start(blob, place)
         place.pins += 1
         try:
-            stalled = self._arrive(place)
+            waited = self._arrive(place)
         except BaseException:
             place.pins -= 1
             self._forget(place)
             raise
         if self.lanes.real:
-            self._wait(place, there)
+            self._wait(place, asked, there)
         else:
-            self._count(there and not stalled)
+            self._waited(self._sources[blob].name, there, threading.get_ident(), waited)
         return place
 
     def let(self, place: Place) -> None:
@@ -139,36 +145,21 @@ class Places:
             place.pins = 0
             self._forget(place)
 
-    def stalls(self) -> float:
-        """Seconds that the device has waited for copies, as far as it has come."""
-        while self._timed and self._timed[0][1].query():
-            before, after = self._timed.popleft()
-            waited = before.elapsed_time(after) / 1e3
-            self.waited_s += waited
-            self._count(waited < _NO_WAIT)
-            self._spare += [before, after]
-        return self.waited_s
-
-    def _count(self, hit: bool) -> None:
-        if hit:
-            self._level.hits += 1
-        else:
-            self._level.misses += 1
-
-    def _wait(self, place: Place, there: bool) -> None:
-        """Let the computing stream wait for the copy, and take the time of it."""
+    def _wait(self, place: Place, asked: Any, there: bool) -> None:
+        """Let the computing stream wait for the copy, and take the time of it, since `asked` or now."""
         stream = self.lanes.compute()
-        if not there:
-            self._level.misses += 1
-            stream.wait_event(place.ready)
-            return
-        if len(self._timed) >= _MOST_TIMED:
-            self.stalls()
-        pair = [self._spare.pop() if self._spare else self.lanes.event(timed=True) for _ in range(2)]
-        pair[0].record(stream)
+        asked = self._clock.mark(stream) if asked is None else asked
         stream.wait_event(place.ready)
-        pair[1].record(stream)
-        self._timed.append((pair[0], pair[1]))
+        told = partial(self._waited, self._sources[place.blob].name, there, threading.get_ident())
+        self._clock.between(asked, self._clock.mark(stream), told)
+
+    def _waited(self, name: str, there: bool, thread: int, span: Span) -> None:
+        """Count how a block was found, after a wait of this length."""
+        waited = span.seconds >= _NO_WAIT
+        self._level.found(there and not waited)
+        self._level.stalled(span.seconds)
+        if waited and (waits := self._clock.waits) is not None:
+            waits(DEVICE_WAITS, thread, name, span.begin_ns, span.end_ns)
 
     def _victim(self, ahead: set[int]) -> Place:
         idle = [place for place in self.all if place.pins == 0]
@@ -184,47 +175,46 @@ class Places:
         if place.blob >= 0:
             self._settle(place.pending)
             self.overwritten(place)
-            self._level.evictions += 1
+            self._level.evicted()
             del self.where[place.blob]
         place.blob, place.pending = blob, None
         self.where[blob] = place
         source = self._sources[blob]
-        self._level.bytes_in += source.nbytes
         if source.host is not None:
-            self._copy(source.host, place, source.nbytes)
+            self._copy(source.host, place, source)
         elif self._stages:
             place.pending = self._staged(blob)
             self._pump()
         else:
-            assert self._store is not None
-            assert source.key is not None
-            place.pending = self._store.read_async(source.key, place.memory)
+            place.pending = self._read_to(self._level, source, place.memory)
 
-    def _copy(self, memory: Tensor, place: Place, nbytes: int) -> None:
-        lane = self.lanes.copy
+    def _copy(self, memory: Tensor, place: Place, source: Source) -> None:
+        lane, nbytes, came = self.lanes.copy, source.nbytes, self._level.came
         lane.wait_event(place.free)
+        begin = self._clock.mark(lane)
         with lane:
             place.memory[:nbytes].copy_(memory[:nbytes], non_blocking=True)
         place.ready.record(lane)
+        came.count(nbytes)
+        if self._below is not None:
+            self._below.went.count(nbytes)
+        self._clock.between(begin, self._clock.mark(lane), partial(came.took, source.name, nbytes))
 
-    def _arrive(self, place: Place) -> bool:
-        """Until the copy is at least under way; whether the host had to wait for the disk."""
+    def _arrive(self, place: Place) -> Span:
+        """Until the copy is at least under way; how long the host had to wait for the disk."""
         pending = place.pending
         if pending is None:
-            return False
+            return _NO_TIME
         read = pending.read if isinstance(pending, Stage) else pending
-        stalled = not read.done()
-        begin = time.perf_counter()
-        read.result()
-        self.waited_s += time.perf_counter() - begin if stalled else 0.0
+        waited = self._until(read.done, read.result, f"disk: {self._sources[place.blob].name}")
         self._land(place)
-        return stalled
+        return waited
 
     def _land(self, place: Place) -> None:
         """The disk's read for a place is done: from a stage its copy begins."""
         pending, place.pending = place.pending, None
         if isinstance(pending, Stage):
-            self._copy(pending.memory, place, self._sources[place.blob].nbytes)
+            self._copy(pending.memory, place, self._sources[place.blob])
             pending.copied.record(self.lanes.copy)
 
     def _pump(self) -> None:
@@ -277,19 +267,42 @@ class Places:
     def _read(self, blob: int, stage: Stage) -> Stage:
         if stage.read is not None:
             self._settle(stage.read)
-        stage.copied.synchronize()
-        assert self._store is not None
-        key = self._sources[blob].key
-        assert key is not None
-        stage.blob, stage.read = blob, self._store.read_async(key, stage.memory)
+        self._until(stage.copied.query, stage.copied.synchronize, "device: a copy from a stage")
+        assert self._below is not None
+        stage.blob, stage.read = blob, self._read_to(self._below, self._sources[blob], stage.memory)
         return stage
+
+    def _read_to(self, level: Level, source: Source, memory: Tensor) -> ReadHandle:
+        """Begin a read of the disk into a level's memory."""
+        assert self._store is not None
+        assert source.key is not None
+        arrival = level.came.start(source.name, source.nbytes)
+        try:
+            return self._store.read_async(source.key, memory, told=arrival.end)
+        except BaseException as error:
+            arrival.end(error)
+            raise
+
+    def _until(self, over: Callable[[], bool], wait: Callable[[], None], what: str) -> Span:
+        """Have the host wait, and raise what `wait` raises; how long, none where it was over before."""
+        if over():
+            wait()
+            return _NO_TIME
+        begin = time.perf_counter_ns()
+        try:
+            wait()
+        finally:
+            end = time.perf_counter_ns()
+            if (waits := self._clock.waits) is not None:
+                waits(HOST_WAITS, threading.get_ident(), what, begin, end)
+        return Span((end - begin) / 1e9, begin, end)
 
     def _settle(self, pending: Any) -> None:
         """Until nothing writes to the memory of a read any more, whatever became of it."""
         read = pending.read if isinstance(pending, Stage) else pending
         if read is not None:
             with contextlib.suppress(StorageError):
-                read.result()
+                self._until(read.done, read.result, "disk: a read that nobody needs any more")
 
     def _forget(self, place: Place) -> None:
         if place.blob >= 0:

@@ -1,13 +1,15 @@
 """`VGPUStack`: levels of memory with hard capacities, and the models whose weights pass through them."""
 
+import contextlib
 import itertools
 import logging
+import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,11 @@ from apt_model.vgpu.memory import memory_of
 from apt_model.vgpu.modules import buffer_bytes, tree_of
 from apt_model.vgpu.planner import DISK
 from apt_model.vgpu.report import Report, report
+from apt_model.vgpu.trace import Trace
 from apt_model.vgpu.weights import FolderWeights, Weights
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LOG = logging.getLogger(__name__)
 # Of host memory, the part that threads have to read other people's files through.
@@ -51,6 +57,7 @@ class VGPUStack:
         self._models: dict[int, Attached] = {}
         self._numbers = itertools.count()
         self._closed = False
+        self._trace: Trace | None = None
         self._mover: ThreadPoolExecutor | None = None
 
     @classmethod
@@ -138,6 +145,8 @@ class VGPUStack:
                     hollow.undo()
                 leave_order(model, self.device)
                 raise
+            if self._trace is not None:
+                self._trace.add(model, layout.windows)
         return model
 
     def plan(self, model: nn.Module, tokens: int = 1) -> Report:
@@ -159,21 +168,76 @@ class VGPUStack:
                 raise InputError("the model is not attached to this stack")
             attached.restore()
             del self._models[id(model)]
+            if self._trace is not None:
+                self._trace.remove(model)
         return model
 
     def stats(self) -> dict[str, Any]:
-        """Counts of each level, and of all: {"levels": [...], "hit_rate", "stall_ms", "surprises"}."""
+        """Counts of each level, and of all: {"levels": [...], "hit_rate", "stall_ms", "surprises"}.
+
+        Any thread may ask, at any time: nothing that runs is waited for, and what the device has not done yet counts
+        to `bytes_in` already, to rates, hits and stalls later.
+        """
+        self._memory.clock.poll()
+        levels = [level.stats() for level in self.levels]
+        streaming = [each.streaming for each in list(self._models.values())]
+        return {
+            "levels": levels,
+            "hit_rate": levels[0]["hit_rate"],
+            "stall_ms": self.levels[0].stalled_s * 1e3,
+            "surprises": sum(each.surprises() for each in streaming if each is not None),
+        }
+
+    @contextlib.contextmanager
+    def trace(self, path: str | os.PathLike[str]) -> Iterator[None]:
+        """Write what happens in the body to `path`, for ui.perfetto.dev: what came to each level, blocks, waits.
+
+        After an exception what was recorded till then is written all the same. While it runs, tracing costs time; it
+        waits for the device at its begin and at its end.
+
+        Raises:
+            InputError: `path` cannot be written, the stack is closed, or it is being traced.
+            MissingExtraError: the package `perfetto` is not installed.
+        """
         with self._lock:
-            streamed = [each for each in self._models.values() if each.streaming is not None]
-            stall = sum(each.places.stalls() for each in streamed)
-            first = self.levels[0]
-            accesses = first.hits + first.misses
-            return {
-                "levels": [level.stats() for level in self.levels],
-                "hit_rate": first.hits / accesses if accesses else None,
-                "stall_ms": stall * 1e3,
-                "surprises": sum(each.streaming.surprises() for each in streamed if each.streaming is not None),
-            }
+            self._check_open()
+            if self._trace is not None:
+                raise InputError("the stack is being traced already", remedy="end that trace first")
+            trace = self._trace = Trace(Path(path), self._memory)
+        try:
+            with self._lock:
+                for attached in self._models.values():
+                    trace.add(attached.model, attached.layout.windows)
+            yield
+        except BaseException as error:
+            self._end_trace(error)
+            raise
+        self._end_trace(None)
+
+    def _end_trace(self, error: BaseException | None) -> None:
+        with self._lock:
+            assert self._trace is not None
+            ended, self._trace = self._trace, None
+            ended.end(error)
+
+    @contextlib.contextmanager
+    def top(self, *, every: float | None = None, console: "Console | None" = None) -> Iterator[None]:
+        """Show `stats` while the body runs: a table on a terminal, else a line a level at a time.
+
+        Args:
+            every: seconds between two looks; None: 0.25 on a terminal, else 10.
+            console: where to; None: the standard output.
+
+        Raises:
+            InputError: the stack is closed, or the console shows something else that moves.
+        """
+        from apt_model.vgpu.top import Top  # noqa: PLC0415 - rich only where it is asked for
+
+        require(every is None or every > 0, "VGPUStack.top: every", "seconds above 0, or None", every)
+        with self._lock:
+            self._check_open()
+        with Top(self.stats, every, console):
+            yield
 
     def close(self, *, restore: bool = True) -> None:
         """Detach all models and give all memory and files back; a second call does nothing.
