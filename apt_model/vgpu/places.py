@@ -194,11 +194,12 @@ class Places:
         begin = self._clock.mark(lane)
         with lane:
             place.memory[:nbytes].copy_(memory[:nbytes], non_blocking=True)
+        end = self._clock.mark(lane)
         place.ready.record(lane)
         came.count(nbytes)
         if self._below is not None:
             self._below.went.count(nbytes)
-        self._clock.between(begin, self._clock.mark(lane), partial(came.took, source.name, nbytes))
+        self._clock.between(begin, end, partial(came.took, source.name, nbytes))
 
     def _arrive(self, place: Place) -> Span:
         """Until the copy is at least under way; how long the host had to wait for the disk."""

@@ -49,8 +49,12 @@ class Top:
                     f"VGPUStack.top: the console shows something else: {error}",
                     remedy="end that first, or give a console",
                 ) from error
-        self._shown()
-        self._thread.start()
+        try:
+            self._shown()
+            self._thread.start()
+        except BaseException:
+            self._stop()
+            raise
         return self
 
     def __exit__(
@@ -61,9 +65,12 @@ class Top:
         try:
             self._shown()
         finally:
-            if self._live is not None:
-                with contextlib.suppress(*_GONE):
-                    self._live.stop()
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            with contextlib.suppress(*_GONE):
+                self._live.stop()
 
     def _run(self) -> None:
         while not self._over.wait(self._every) and self._shown():

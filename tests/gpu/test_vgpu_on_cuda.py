@@ -106,9 +106,16 @@ def test_a_pass_neither_waits_nor_asks_for_memory():
         for _ in range(3):
             model(x)
 
+        events = []
+        made = stack._memory.lanes.event
+        stack._memory.lanes.event = lambda **given: events.append(given) or made(**given)
+        torch.cuda.synchronize()
+        stack.stats()  # what is past gives its events back
+
         def asked(call):
             before = torch.cuda.memory_stats()["allocation.all.allocated"]
             call(x)
+            stack.stats()
             return torch.cuda.memory_stats()["allocation.all.allocated"] - before
 
         torch.cuda.synchronize()
@@ -120,6 +127,7 @@ def test_a_pass_neither_waits_nor_asks_for_memory():
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert counts[0] == counts[1]
+        assert not events
 
 
 def test_the_first_level_is_never_exceeded():
