@@ -50,21 +50,17 @@ class Level:
             if self.watch is not None:
                 self.watch(self.used)
 
-    def found(self, hit: bool) -> None:
-        """Count an access: whether it found what it wanted here, and did not wait."""
+    def found(self, hit: bool, waited_s: float = 0.0) -> None:
+        """Count an access: whether it found what it wanted here and did not wait, and how long it did."""
         with self._lock:
             self.hits += hit
             self.misses += not hit
+            self.stalled_s += waited_s
 
     def evicted(self) -> None:
         """Count something that had to make room."""
         with self._lock:
             self.evictions += 1
-
-    def stalled(self, seconds: float) -> None:
-        """Count time in which whoever computes waited."""
-        with self._lock:
-            self.stalled_s += seconds
 
     @contextlib.contextmanager
     def taken(self, count: int, what: str) -> Iterator[None]:

@@ -156,8 +156,7 @@ class Places:
     def _waited(self, name: str, there: bool, thread: int, span: Span) -> None:
         """Count how a block was found, after a wait of this length."""
         waited = span.seconds >= _NO_WAIT
-        self._level.found(there and not waited)
-        self._level.stalled(span.seconds)
+        self._level.found(there and not waited, span.seconds)
         if waited and (waits := self._clock.waits) is not None:
             waits(DEVICE_WAITS, thread, name, span.begin_ns, span.end_ns)
 

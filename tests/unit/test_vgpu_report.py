@@ -39,10 +39,11 @@ def test_what_is_planned_is_what_is_then_held(host, disk):
         assert held == pytest.approx([each["planned_mb"] for each in said.levels])
         before = stack.stats()["levels"][0]["bytes_in"]
         with torch.no_grad():
-            for _ in range(4):
+            for _ in range(20):
                 model(torch.ones(1, 128))
         moved = stack.stats()["levels"][0]["bytes_in"] - before
-        assert moved / 4 == pytest.approx(said.streamed_mb * 1e6, rel=0.02)
+        ahead = said.slots * nbytes(model) / len(model)  # copies for the next pass, which wait for the disk's reads
+        assert moved == pytest.approx(20 * said.streamed_mb * 1e6, rel=0.02, abs=ahead if disk and host else None)
 
 
 def test_the_times_are_bytes_over_rates():
