@@ -103,6 +103,8 @@ def test_what_comes_to_level_1_comes_before_its_block_runs(tmp_path):
         begins = [(each.begin, "ran") for each in slices["blocks run"] if each.name == name]
         told = [what for _, what in sorted(ends + begins)]
         assert told in (["came", "ran"] * 3, ["ran", "came"] * 3)
+    for copy_ in slices["to level 1 (cpu)"]:  # which the caller makes here, and no block's time holds
+        assert not any(each.begin < copy_.end and copy_.begin < each.end for each in slices["blocks run"])
 
 
 def test_waits_for_the_disk_are_those_that_stats_count(tmp_path, monkeypatch):
@@ -304,7 +306,7 @@ def test_arrivals_side_by_side_follow_each_other_and_lose_no_byte():
 
 
 def test_slices_nest_and_those_that_cross_are_cut():
-    given = [Slice(5, 20, "late", {}), Slice(0, 10, "outer", {}), Slice(2, 4, "in", {}), Slice(20, 20, "none", {})]
+    given = [Slice(5, 20, "late", {}), Slice(0, 4, "in", {}), Slice(0, 10, "outer", {}), Slice(20, 20, "none", {})]
     assert [(each.at_ns, each.name) for each in edges(given)] == [
-        (0, "outer"), (2, "in"), (4, None), (5, "late"), (10, None), (10, None), (20, "none"), (20, None),
+        (0, "outer"), (0, "in"), (4, None), (5, "late"), (10, None), (10, None), (20, "none"), (20, None),
     ]  # fmt: skip
