@@ -51,7 +51,7 @@ def test_it_shows_what_stats_say(terminal):
         with stack.top(every=0.01, console=said):
             assert len(running()) == 1
             looks = shown(said).count("12.5")
-            assert looks == 1
+            assert looks >= 1
             model(torch.ones(1, 64))
             until(lambda: shown(said).count("12.5") > looks + 2)
         assert not running()
