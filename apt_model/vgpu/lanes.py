@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
+from apt_model.core.errors import InputError
+
 
 class Nothing:
     """A stream or an event on a device that has none."""
@@ -51,3 +53,14 @@ class Lanes:
     def compute(self) -> Any:
         """The stream on which the caller computes."""
         return torch.accelerator.current_stream(self.device) if self.real else _NOTHING
+
+    def refuse_capture(self) -> None:
+        """Raise `InputError` where what computes now is recorded as a CUDA graph, to be replayed without us."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise InputError(
+                "a CUDA graph is recorded of blocks that a VGPUStack streams: replays would read slots to which nobody "
+                "brings the blocks' weights",
+                state="nothing was recorded of the block; the model is usable",
+                remedy="have graphs within blocks (for block in model.layers: block.compile(mode='reduce-overhead')), "
+                "or give level 1 room for the whole model",
+            )

@@ -69,6 +69,7 @@ class Places:
 
     def hold(self, blob: int, ahead: Iterable[int]) -> Place:
         """A blob's place, from which it does not go until `let`; whoever computes next waits for it on the device."""
+        self.lanes.refuse_capture()
         place = self.where.get(blob)
         there = place is not None
         # Where the host may have to wait, the device's wait begins before that; else the host's own work is none.

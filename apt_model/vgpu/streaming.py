@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apt_model.core.errors import CapacityError
 from apt_model.core.placement import mark_placed
 from apt_model.vgpu.blob import Packed
+from apt_model.vgpu.compiling import Holders, between_graphs, leave_away_to_eager
 from apt_model.vgpu.parameters import away, back
 from apt_model.vgpu.places import Place, Places
 from apt_model.vgpu.predictor import Predictor
@@ -68,12 +69,14 @@ class Streaming:
         self._shown: dict[int, Place] = {}  # blob -> the place that its parameters' data is in
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._warned = False
+        self._holders = Holders(model)
+        leave_away_to_eager()
         for blob, packed in blobs.items():
             self._shown[blob] = places.all[0]
             for seen in packed.seen:
                 mark_placed(seen.parameter, True)
                 seen.parameter.data = seen.view(places.all[0].memory)
-                away(seen.parameter, self._values.read)
+                self._away(seen.parameter)
         places.overwritten = self._overwritten
         self._handles = self._hooks(model)
         with self._lock:
@@ -91,7 +94,7 @@ class Streaming:
             self._places.drain()
             for packed in self._blobs.values():
                 for seen in packed.seen:
-                    back(seen.parameter)
+                    self._back(seen.parameter)
                     mark_placed(seen.parameter, False)
 
     def surprises(self) -> int:
@@ -112,7 +115,7 @@ class Streaming:
                 self._values.on_host(now)
 
         handles = [
-            model.register_forward_pre_hook(torch.compiler.disable(begin), prepend=True),
+            model.register_forward_pre_hook(between_graphs(begin), prepend=True),
             model.register_state_dict_pre_hook(lambda module, *_: host_reads(module, True)),
             model.register_state_dict_post_hook(lambda module, *_: host_reads(module, False)),
         ]
@@ -120,8 +123,8 @@ class Streaming:
             if self._needs[i]:
                 enter, leave = self._around(i, window.module)
                 handles += [
-                    window.module.register_forward_pre_hook(torch.compiler.disable(enter), prepend=True),
-                    window.module.register_forward_hook(torch.compiler.disable(leave), always_call=True),
+                    window.module.register_forward_pre_hook(between_graphs(enter), prepend=True),
+                    window.module.register_forward_hook(between_graphs(leave), always_call=True),
                 ]
         return handles
 
@@ -164,6 +167,7 @@ class Streaming:
             mine = self._open.get(threading.get_ident())
             if not mine or mine[-1].window != window:  # it did not begin
                 return None
+            self._places.lanes.refuse_capture()
             copied = _replaced(result, self._values.own)
             self._shut(mine.pop())
             self._places.bring(self._ahead())
@@ -229,7 +233,7 @@ class Streaming:
             return place
         packed = self._blobs[blob]
         for seen in packed.seen:
-            back(seen.parameter)
+            self._back(seen.parameter)
         if self._shown[blob] is not place:
             for seen, view in zip(packed.seen, self._views_in(blob, place), strict=True):
                 seen.parameter.data = view
@@ -237,6 +241,14 @@ class Streaming:
         versions = [seen.parameter._version for seen in packed.seen]  # noqa: SLF001
         self._active[blob] = _Active(place, 1, versions)
         return place
+
+    def _away(self, parameter: nn.Parameter) -> None:
+        away(parameter, self._values.read)
+        self._holders.changed(parameter)
+
+    def _back(self, parameter: nn.Parameter) -> None:
+        back(parameter)
+        self._holders.changed(parameter)
 
     def _views_in(self, blob: int, place: Place) -> list[Tensor]:
         """A blob's parameters in a place, made once: not as what inference mode makes."""
@@ -256,7 +268,7 @@ class Streaming:
             for seen, version in zip(self._blobs[blob].seen, active.versions, strict=True):
                 if seen.parameter._version != version:  # noqa: SLF001
                     written.append(seen)
-                away(seen.parameter, self._values.read)
+                self._away(seen.parameter)
             try:
                 if written:
                     self._values.keep(blob, place, *written)
