@@ -14,8 +14,9 @@ from torch import nn
 from apt_model.vgpu.parameters import StreamedParameter
 
 _WHY = (
-    "a VGPUStack brings a block's weights here, between two graphs: one graph holds a block at most, so compile each "
-    "(for block in model.layers: block.compile(fullgraph=True)), or the model without fullgraph"
+    "a VGPUStack brings a block's weights here, between two graphs, so that one graph holds a block at most: compile "
+    "each (for block in model.layers: block.compile(fullgraph=True)), or the model without fullgraph; a block that is "
+    "taken apart, as level 1 is too small for it, takes no fullgraph either"
 )
 
 
