@@ -117,7 +117,8 @@ class KeyedTensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             raise InputError(f"VGPUStack.put({key!r}): expected a dense torch.Tensor, got {type(tensor).__name__}")
         plain = tensor.detach().contiguous()
-        data = plain.reshape(-1).view(torch.uint8) if plain.numel() else plain.new_empty(0, dtype=torch.uint8)
+        # One element counts as contiguous whatever its stride is, with which it has no view as bytes.
+        data = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
         before = self._find(key)
         entry = _Entry(key, tensor.dtype, tuple(tensor.shape), data.numel())
         at, entry.held = self._keep(entry, data, 0, spared=key)

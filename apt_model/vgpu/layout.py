@@ -105,5 +105,8 @@ def lay_out(
         limit //= 2
     if best is None:
         assert fault is not None
-        raise fault
+        try:
+            raise fault
+        finally:
+            del fault  # whose frames know this one, and that the model
     return best

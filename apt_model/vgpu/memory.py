@@ -40,7 +40,7 @@ class Memory(NamedTuple):
         """Give back host memory that nobody sees any more."""
         for each in list(self.lent):
             if not any(seen() is not None for seen in each.seen_by):
-                self.lent.remove(each)
+                self.lent[:] = [other for other in self.lent if other is not each]
                 for region in each.regions:
                     self.give_host(region)
 
@@ -77,6 +77,7 @@ class Memory(NamedTuple):
 
     def close(self) -> None:
         """Give all memory and files back."""
+        self.sweep()
         if self.arena is not None:
             self.arena.close()
         if self.store is not None:

@@ -86,21 +86,36 @@ def plan(
     sizes = [padded(blob.nbytes) for blob in blobs]
     if always + sum(sizes) <= capacities.device:
         return _made(sizes, [DEVICE] * len(sizes), always, 0, 0)
-    slots = max(slots, at_once)
+    fault: CapacityError | None = None
+    for fewer in range(max(slots, at_once), at_once - 1, -1):  # each leaves more residents, and less for levels below
+        try:
+            return _streamed(blobs, sizes, capacities, always, fewer, at_once, staging)
+        except CapacityError as error:  # noqa: PERF203 - of a few slots
+            fault = error
+    assert fault is not None
+    try:
+        raise fault
+    finally:
+        del fault  # whose frames know this one
+
+
+def _streamed(
+    blobs: Sequence[Blob], sizes: list[int], capacities: Capacities, always: int, slots: int, at_once: int, staging: int
+) -> Plan:
+    """A plan in which not everything stays on level 1."""
     homes, count, slot = _residents(blobs, sizes, capacities, always=always, slots=slots, at_once=at_once)
     streamed = [i for i, home in enumerate(homes) if home != DEVICE]
     need = sum(sizes[i] for i in streamed)
-    if capacities.host is None:
-        if capacities.disk is None:
-            raise CapacityError(
-                f"the model takes {enough(always + sum(sizes))}, and the only level has room for "
-                f"{enough(capacities.device)}",
-                remedy="add a level below it, or give it that much",
-            )
-        on_disk = streamed
-        places = 0
-    else:
+    on_disk, places = streamed, 0
+    if capacities.host is not None:
         on_disk, places = _below(sizes, streamed, capacities, staging)
+    elif capacities.disk is None:
+        raise CapacityError(
+            f"the model takes {enough(always + sum(sizes))}, and the only level has room for "
+            f"{enough(capacities.device)}",
+            remedy=f"give level 1 at least {enough(always + sum(sizes) + capacities.taken[DEVICE])}, or add a level "
+            "below it",
+        )
     for i in on_disk:
         homes[i] = DISK
     on_disk_bytes = sum(sizes[i] for i in on_disk if not blobs[i].in_files)
@@ -181,8 +196,12 @@ def _below(sizes: list[int], streamed: list[int], capacities: Capacities, stagin
             f"host memory has room for {enough(host)}, and a block passes through it from the disk: {enough(largest)}",
             remedy=f"give the cpu level at least {enough(largest + taken)}",
         )
-    stay = set(spread(streamed, sizes, host - places * largest))
-    return [i for i in streamed if i not in stay], places
+    while True:
+        stay = set(spread(streamed, sizes, host - places * largest))
+        on_disk = [i for i in streamed if i not in stay]
+        if places == 1 or sum(sizes[i] for i in on_disk) <= capacities.disk:
+            return on_disk, places
+        places -= 1  # as a place takes host memory that a block could have
 
 
 def spread(which: Sequence[int], sizes: Sequence[int], capacity: int) -> list[int]:

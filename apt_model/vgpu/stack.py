@@ -72,13 +72,13 @@ class VGPUStack:
             CapacityError: no level has room, even after moving; nothing is lost.
         """
         with self._lock:
-            self._check_open()
+            self._begin()
             self._keyed.put(key, tensor)
 
     def get(self, key: str) -> Tensor:
         """A copy of the tensor, byte for byte, on level 1's device; it moves to level 1. `KeyError` for a stranger."""
         with self._lock:
-            self._check_open()
+            self._begin()
             return self._keyed.get(key)
 
     def prefetch(self, keys: Iterable[str]) -> None:
@@ -130,9 +130,8 @@ class VGPUStack:
         """
         source = FolderWeights(weights) if isinstance(weights, str | Path) else weights
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
-            self._check_open()
+            self._begin()
             check(model)
-            self._memory.sweep()
             hollow: Hollow | None = None
             try:
                 prepare(model, self.device)
@@ -156,7 +155,7 @@ class VGPUStack:
         """
         require(isinstance(tokens, int) and tokens > 0, "VGPUStack.plan: tokens", "a whole number above 0", tokens)
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
-            self._check_open()
+            self._begin()
             check(model)
             return report(model, self._layout(model).plan, self._memory, tokens)
 
@@ -179,6 +178,11 @@ class VGPUStack:
         to `bytes_in` already, to rates, hits and stalls later.
         """
         self._memory.clock.poll()
+        if self._lock.acquire(blocking=False):  # else what nobody sees any more counts until the next look
+            try:
+                self._memory.sweep()
+            finally:
+                self._lock.release()
         levels = [level.stats() for level in self.levels]
         streaming = [each.streaming for each in list(self._models.values())]
         return {
@@ -289,6 +293,11 @@ class VGPUStack:
                 return lay_out(tree, buffers, capacities, self.config.slots)
             layout.chunk, layout.spare = chunk, spare
         return layout
+
+    def _begin(self) -> None:
+        """Of what takes memory: what nobody sees any more is there for it."""
+        self._check_open()
+        self._memory.sweep()
 
     def _check_open(self) -> None:
         if self._closed:

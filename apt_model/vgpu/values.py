@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from apt_model.core.errors import InputError
+from apt_model.core.errors import CapacityError, InputError
 from apt_model.vgpu.blob import Packed, Seen
 from apt_model.vgpu.parameters import StreamedParameter
 from apt_model.vgpu.places import Place, Places
@@ -104,13 +104,15 @@ class Values:
         with self.lock:
             self.take_writes()
             self._learn(blob)
-            place: Place | None = self._places.hold(blob, self._ahead())
-            assert place is not None
-            values = seen.view(place.memory)
-            if copied or torch.is_grad_enabled():  # which may keep them for longer than they are there
+            place = self._held(blob)
+            device = self._places.lanes.device
+            values = self._home.view(blob, seen).to(device) if place is None else seen.view(place.memory)
+            # Who may keep them for longer than they are there gets a copy.
+            if place is None or copied or torch.is_grad_enabled():
                 with_gradient = torch.is_grad_enabled() and parameter.requires_grad
                 values = _fetched(parameter, values) if with_gradient else values.clone()
-                self._places.let(place)
+                if place is not None:
+                    self._places.let(place)
                 place = None
             version = _version(values)
             try:
@@ -124,6 +126,13 @@ class Values:
             finally:
                 if place is not None:
                     self._places.let(place)
+
+    def _held(self, blob: int) -> Place | None:
+        """A blob's place, or None where all are in use by blocks that run now."""
+        try:
+            return self._places.hold(blob, self._ahead())
+        except CapacityError:
+            return None
 
     def _handed_out(self, blob: int, seen: Seen, values: Tensor, result: Tensor) -> Tensor:
         """A result that does not lie in a place; where it is a view of the values, what is written to it is kept."""
@@ -149,11 +158,13 @@ class Values:
         for record in list(self._outside.values()):
             version = _version(record.base)
             if version != record.version and version is not None:
-                record.version = version
                 place = self._places.hold(record.blob, self._ahead())
-                record.seen.view(place.memory).copy_(record.base)
-                self.keep(record.blob, place, record.seen)
-                self._places.let(place)
+                try:
+                    record.seen.view(place.memory).copy_(record.base)
+                    self.keep(record.blob, place, record.seen)
+                finally:
+                    self._places.let(place)
+                record.version = version
         for record in gone:
             self._outside.pop(id(record), None)
 
