@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import logging
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from apt_model.vgpu.planner import DEVICE, DISK
 from apt_model.vgpu.streaming import Streaming
 from apt_model.vgpu.units import padded
 
+LOG = logging.getLogger(__name__)
 # Bytes of host memory that are pinned at once at least: of each piece a part may be lost, and pinning has a price.
 _BATCH = 256 << 20
 
@@ -267,9 +269,22 @@ class Attached:
             return
         try:
             self._store.write(key, data)
-        except CapacityError:  # for both at once; what is lost with the old one is in `data`
-            self._store.delete(key)
+        except CapacityError:  # for both at once
+            self._replace(blob, data)
+
+    def _replace(self, blob: int, data: Tensor) -> None:
+        """Write a blob in place of the one before; where that fails, the one before is kept on the host."""
+        assert self._store is not None
+        key, before = self._key(blob), self._read(blob)
+        self._store.delete(key)
+        try:
             self._store.write(key, data)
+        except BaseException:
+            LOG.warning("block %s stays on the host, past its capacity: the disk took no other", self.blobs[blob].name)
+            self._host[blob] = before
+            self.places.moved(blob, before)
+            self._disk_level.give(len(before))
+            raise
 
     def restore(self) -> None:
         """Give the model its weights back, on the device that they came from; what the stack held of it goes.

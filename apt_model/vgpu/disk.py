@@ -9,7 +9,6 @@ import threading
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ from apt_model.core.errors import CapacityError, ConfigError, InputError, Storag
 from apt_model.vgpu.disk_files import (
     DirectFile,
     ReadHandle,
+    Threads,
     bytes_of,
     fault,
     lock_folder,
@@ -84,8 +84,8 @@ class DiskStore:
             raise
         self._indexed = bool(self._blobs)
         self._next = 1 + max((int(each.file.partition(".")[0]) for each in self._blobs.values()), default=0)
-        self._readers = ThreadPoolExecutor(threads, "apt-disk-read")
-        self._writers = ThreadPoolExecutor(threads, "apt-disk-write")
+        self._threads = threads
+        self._readers, self._writers = self._pool("read"), self._pool("write")
 
     def write(self, key: str, data: Tensor) -> None:
         """Put `data` (torch.uint8, one dimension, CPU) under `key`.
@@ -103,6 +103,7 @@ class DiskStore:
                     state="nothing was written" + (", the key keeps its blob" if key in self._blobs else ""),
                     remedy=f"a capacity of {self._used + room} bytes would do",
                 )
+            self._writers = self._pool("write", self._writers)
             self._used += room
             self.peak = max(self.peak, self._used)
             self._writes += 1
@@ -273,6 +274,15 @@ class DiskStore:
                 raise
             LOG.warning("closing the store in %s after %r: %s", self.folder, error, failure)
 
+    def _pool(self, purpose: str, now: Threads | None = None) -> Threads:
+        """This one, or in place of one of which a thread has died, another."""
+        if now is not None and not now.died():
+            return now
+        if now is not None:
+            now.retire()
+            LOG.warning("%s: a thread that was to %s has died, and others are started", self.folder, purpose)
+        return Threads(self._threads, f"apt-disk-{purpose}")
+
     def _check_open(self) -> None:
         if self._closed:
             raise StorageError(f"the store in {self.folder} is closed")
@@ -314,6 +324,7 @@ class DiskStore:
         failure: BaseException | None = None
         with self._lock:
             self._check_open()
+            self._readers = self._pool("read", self._readers)
             blob = self._find(key)
             path = self.folder / blob.file
             if view is not None and len(view) < blob.nbytes:

@@ -1,5 +1,6 @@
 """Files read and written past the page cache, from and into memory of the caller, in pieces that threads serve."""
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -7,7 +8,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from apt_model.vgpu.units import PAGE, padded
 LOG = logging.getLogger(__name__)
 LOCK = "lock"
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
+# Between two looks whether what is waited for can still come.
+_LOOK_S = 0.5
 _thread = threading.local()
 
 
@@ -152,6 +155,30 @@ class DirectFile:
             LOG.warning("%s: this file system takes no O_DIRECT; reads and writes go through the page cache", self.path)
 
 
+class Threads(ThreadPoolExecutor):
+    """A pool that knows whether one of its threads has died, with whatever that one was to serve."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._started: list[threading.Thread] = []
+        # Of the list and not of the pool, which its threads would keep alive.
+        super().__init__(count, name, lambda started: started.append(threading.current_thread()), (self._started,))
+
+        self._open = True
+
+    def died(self) -> bool:
+        """Whether a thread has ended before its time."""
+        return self._open and any(not each.is_alive() for each in self._started)
+
+    def retire(self) -> None:
+        """Serve what is queued, and end; who waits for what a dead thread had is still told."""
+        super().shutdown(wait=False)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As the pool's own."""
+        self._open = False
+        super().shutdown(wait, cancel_futures=cancel_futures)
+
+
 class ReadHandle:
     """Pieces of one blob on their way: `wait` returns when all bytes are in place, or raises what went wrong."""
 
@@ -160,9 +187,12 @@ class ReadHandle:
         self._lock, self._over = threading.Lock(), threading.Event()
         self._left, self._error = 1, None  # type: int, StorageError | None
         self._failed_at = 0  # the offset of the error
+        self._pool: Threads | None = None
+        self._pieces: list[Future[None]] = []
 
-    def start(self, pool: Executor, serve: Callable[[int], None], offsets: range) -> None:
+    def start(self, pool: Threads, serve: Callable[[int], None], offsets: range) -> None:
         """Queue `serve` for every offset; a piece that fails keeps those behind it from being served."""
+        self._pool = pool
         try:
             for offset in offsets:
                 with self._lock:
@@ -172,6 +202,7 @@ class ReadHandle:
                 except BaseException as error:
                     self._one_less(offset, error)
                     raise
+                self._pieces.append(future)
                 future.add_done_callback(partial(self._settle, offset))
         except RuntimeError:  # the pool is shut down or cannot start a thread: `wait` tells
             pass
@@ -190,7 +221,9 @@ class ReadHandle:
 
     def wait(self) -> None:
         """Wait for the last piece; when this raises, no thread touches the caller's memory any more."""
-        self._over.wait()
+        while not self._over.wait(_LOOK_S):
+            if self._pool is not None and self._pool.died():
+                self._give_up(RuntimeError("a thread that serves the disk has died"))
         if self._error is not None:
             raise self._error
 
@@ -203,9 +236,16 @@ class ReadHandle:
         except StorageError:
             raise
         except BaseException as error:
-            self.fail(error)
-            self._over.wait()
+            self._give_up(error)
+            with contextlib.suppress(StorageError):
+                self.wait()
             raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """Of pieces that no thread has begun, nothing is served any more."""
+        self.fail(error)
+        for piece in self._pieces:
+            piece.cancel()
 
     def _serve(self, serve: Callable[[int], None], offset: int) -> None:
         if self._error is None or offset < self._failed_at:

@@ -46,7 +46,7 @@ def reserve(size: int) -> tuple[mmap.mmap, int, int]:
 
 def require_free(size: int) -> None:
     """Refuse what the machine or the container has not got, as the kernel would kill the process for it."""
-    free = _HOST.free()
+    free = free_bytes()
     if free is not None and size > free:
         raise CapacityError(
             f"host arena: {shown(size)} more to commit, and the machine, or the control group's limit, leaves "
@@ -57,8 +57,13 @@ def require_free(size: int) -> None:
 
 def is_free(size: int) -> bool:
     """Whether the machine has so much, as far as it says."""
-    free = _HOST.free()
+    free = free_bytes()
     return free is None or size <= free
+
+
+def free_bytes() -> int | None:
+    """What the machine and every control group around this process leave; None where the system does not say."""
+    return _HOST.free()
 
 
 def bring(address: int, size: int, threads: int) -> None:

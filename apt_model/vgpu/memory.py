@@ -6,15 +6,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from apt_model.core.errors import CapacityError
 from apt_model.core.system.manager import get_device_manager
 from apt_model.vgpu.arena import DevicePin, HostArena, Region
 from apt_model.vgpu.clock import Clock
 from apt_model.vgpu.config import DISK, HOST, VGPUConfig
 from apt_model.vgpu.disk import DiskStore
+from apt_model.vgpu.host_pages import free_bytes
 from apt_model.vgpu.lanes import Lanes
 from apt_model.vgpu.level import Level
 from apt_model.vgpu.planner import Capacities
-from apt_model.vgpu.units import padded
+from apt_model.vgpu.units import at_most, padded, shown
 
 
 class Lent(NamedTuple):
@@ -85,7 +87,14 @@ class Memory(NamedTuple):
 
 
 def memory_of(config: VGPUConfig) -> Memory:
-    """Make what a configuration asks for; `DeviceError` where its first device is not there."""
+    """Make what a configuration asks for.
+
+    Raises:
+        CapacityError: the host has less than its levels may hold.
+        DeviceError: the first device is not there.
+        StorageError: the disk's folder cannot be used.
+    """
+    _require_host(sum(level.capacity for level in config.levels if level.device == HOST))
     first, *below = config.levels
     manager = get_device_manager(first.device)
     lanes = Lanes(torch.device(first.device))
@@ -99,3 +108,14 @@ def memory_of(config: VGPUConfig) -> Memory:
     if below_first[1] is not None and store is not None:
         below_first[1].came, below_first[1].went = store.writes, store.reads
     return Memory(lanes, Level(first), below_first[0], arena, below_first[1], store, [], Clock(lanes))
+
+
+def _require_host(asked: int) -> None:
+    """Refuse capacities that the kernel would kill the process for, once they are used."""
+    free = free_bytes()
+    if free is not None and asked > free:
+        raise CapacityError(
+            f"the cpu levels may hold {shown(asked)} in all, and the machine, or the control group's memory limit, "
+            f"leaves {shown(free)} free",
+            remedy=f"give them at most {at_most(free)} in all (capacity_mb), or end what else holds memory",
+        )

@@ -134,6 +134,10 @@ class Places:
             self.overwritten(place)
             self._forget(place)
 
+    def moved(self, blob: int, host: Tensor) -> None:
+        """A blob lives in host memory from here on."""
+        self._sources[blob].host = host
+
     def drain(self) -> None:
         """Wait for everything that is under way, and forget what is where."""
         for place in self.all:

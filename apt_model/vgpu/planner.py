@@ -89,7 +89,7 @@ def plan(
     fault: CapacityError | None = None
     for fewer in range(max(slots, at_once), at_once - 1, -1):  # each leaves more residents, and less for levels below
         try:
-            return _streamed(blobs, sizes, capacities, always, fewer, at_once, staging)
+            return _streamed(blobs, sizes, capacities, always=always, slots=fewer, at_once=at_once, staging=staging)
         except CapacityError as error:  # noqa: PERF203 - of a few slots
             fault = error
     assert fault is not None
@@ -100,8 +100,9 @@ def plan(
 
 
 def _streamed(
-    blobs: Sequence[Blob], sizes: list[int], capacities: Capacities, always: int, slots: int, at_once: int, staging: int
-) -> Plan:
+    blobs: Sequence[Blob], sizes: list[int], capacities: Capacities, *, always: int, slots: int, at_once: int,
+    staging: int,
+) -> Plan:  # fmt: skip
     """A plan in which not everything stays on level 1."""
     homes, count, slot = _residents(blobs, sizes, capacities, always=always, slots=slots, at_once=at_once)
     streamed = [i for i, home in enumerate(homes) if home != DEVICE]

@@ -1,5 +1,6 @@
 """A model whose blocks pass through level 1: hooks that have a block's values there while its forward runs."""
 
+import contextlib
 import functools
 import logging
 import sys
@@ -181,14 +182,9 @@ class Streaming:
 
     def _shut(self, opened: _Open) -> None:
         opened.saving.__exit__(None, None, None)
-        fault: BaseException | None = None
-        for blob, place in opened.held:
-            try:
-                self._deactivate(blob, place)
-            except BaseException as error:  # noqa: BLE001, PERF203 - the others are to be let go all the same
-                fault = fault or error
-        if fault is not None:
-            raise fault
+        with contextlib.ExitStack() as each:  # also after one whose values are refused where it lives
+            for blob, place in opened.held:
+                each.callback(self._deactivate, blob, place)
 
     def _ahead(self) -> Iterator[int]:
         """Blobs in the order in which they are expected, each once."""
@@ -260,22 +256,24 @@ class Streaming:
 
     def _deactivate(self, blob: int, place: Place) -> None:
         active = self._active[blob]
-        if active.times > 1:
-            self._active[blob] = active._replace(times=active.times - 1)
-        else:
-            del self._active[blob]
-            written = []
-            for seen, version in zip(self._blobs[blob].seen, active.versions, strict=True):
-                if seen.parameter._version != version:  # noqa: SLF001
-                    written.append(seen)
-                self._away(seen.parameter)
-            try:
-                if written:
-                    self._values.keep(blob, place, *written)
-            finally:
-                self._places.let(place)
-            return
-        self._places.let(place)
+        try:
+            if active.times > 1:
+                self._active[blob] = active._replace(times=active.times - 1)
+            else:
+                del self._active[blob]
+                self._send_away(blob, active)
+        finally:
+            self._places.let(place)
+
+    def _send_away(self, blob: int, active: _Active) -> None:
+        """A blob's parameters are where it lives again, with what was written to them."""
+        written = []
+        for seen, version in zip(self._blobs[blob].seen, active.versions, strict=True):
+            if seen.parameter._version != version:  # noqa: SLF001
+                written.append(seen)
+            self._away(seen.parameter)
+        if written:
+            self._values.keep(blob, active.place, *written)
 
     def _overwritten(self, place: Place) -> None:
         """A place gets other values: a graph that still has the old ones is to notice."""

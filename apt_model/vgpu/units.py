@@ -18,3 +18,8 @@ def shown(count: float) -> str:
 def enough(count: int) -> str:
     """In MB, rounded up: what is named as enough is enough."""
     return f"{-(-count // 1000) / 1000:,.3f} MB"
+
+
+def at_most(count: int) -> str:
+    """In MB, rounded down: what is named as the most is not too much."""
+    return f"{count // 1000 / 1000:,.3f} MB"

@@ -1,7 +1,28 @@
-"""What goes wrong while a model is streamed: it is said, nothing is lost, and the next call is right."""
+"""What goes wrong while a model is streamed: it is said, nothing is lost, and the next call is right.
+
+Where each fault of a list is put in (`disk` and `arena` are `unit/test_vgpu_disk.py` and `unit/test_vgpu_arena.py`):
+
+| fault | tests |
+|---|---|
+| disk full while writing | disk: `a_full_disk_leaves_the_old_blob`; `a_full_disk_while_weights_are_written` |
+| truncated file | disk: `a_truncated_file`; `a_damaged_file_...` |
+| flipped byte | disk: `a_flipped_byte`; `a_damaged_file_...` |
+| file changed since its index | disk: `a_folder_that_changed_since_its_index` |
+| EINVAL on O_DIRECT | disk: `buffered_where_o_direct_is_refused` |
+| pin refused | arena: `without_pinning_everything_works_and_it_is_said_once` |
+| memory limit of a control group | `more_host_memory_than_the_machine_or_the_container_has` |
+| pages that do not come | arena: `pages_that_do_not_come_leave_the_arena_as_it_was` |
+| exception and KeyboardInterrupt | `a_forward_that_raises`, `a_backward_that_raises` |
+| changed order of execution | `test_vgpu_zoo.py`: `depth_and_order_change_between_calls`; `test_vgpu_fuzz.py` |
+| a dead reader thread | disk: `a_thread_that_dies_surfaces_in_the_waiting_call`; `threads_of_the_disk_that_die` |
+| two processes on one store | disk: `one_store_a_folder`; `one_stack_a_folder` |
+| SIGKILL while writing, between flush and index | `test_vgpu_killed.py` |
+"""
 
 import contextlib
 import copy
+import ctypes
+import errno
 import os
 import re
 import threading
@@ -14,7 +35,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from apt_model.core.errors import CapacityError, InputError, StorageError
+from apt_model.core.system.host_memory import HostMemory
 from apt_model.optimization import VGPUStack
+from apt_model.vgpu import host_pages
 from apt_model.vgpu.disk import DiskStore
 
 pytestmark = pytest.mark.usefixtures("quiet_vgpu")
@@ -481,3 +504,141 @@ def test_threads_that_call_at_the_same_time():
         for thread in threads:
             thread.join(60)
         assert all(results)
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def exact_disk():
+    """A stack whose disk has room for what is there, and not for a second copy of a block."""
+    with VGPUStack(config("disk")) as stack:
+        stack.attach(Model())
+        (share, level) = TOTAL * 0.5, stack.stats()["levels"][1]["used_mb"]
+    return VGPUStack({"levels": [{"capacity_mb": share, "device": "cpu"}, {"capacity_mb": level, "device": "ssd"}]})
+
+
+@pytest.mark.parametrize("room", ["ample", "exact"])
+@pytest.mark.parametrize("where", ["outside", "in a forward"])
+def test_a_full_disk_while_weights_are_written(monkeypatch, room, where):
+    """The write is refused; the weight is what it was, no slot is lost, and later writes go through."""
+    model = Model()
+    reference = copy.deepcopy(model)
+    grows = [False]
+
+    def grow(module, _):
+        if grows[0]:
+            with torch.no_grad():
+                module.up.weight.mul_(2)
+
+    stack = exact_disk() if room == "exact" else VGPUStack(config("disk"))
+    with stack:
+        stack.attach(model)
+        handles = [layer.register_forward_pre_hook(grow) for layer in model.layers]
+        (held,) = stack._models.values()
+        streamed = [layer for layer in model.layers if type(layer.up.weight) is not nn.Parameter]
+        assert len(streamed) > 2
+        for layer in streamed:
+            with monkeypatch.context() as patch, torch.no_grad():
+                patch.setattr(os, "posix_fallocate", full)
+                grows[0] = True
+                with pytest.raises(StorageError, match="No space left"):
+                    layer.up.weight.mul_(2) if where == "outside" else layer(X)
+                grows[0] = False
+            assert all(place.pins == 0 for place in held.places.all)
+            assert used(stack)[1] * 1e6 == stack._memory.store.used
+        for handle in handles:
+            handle.remove()
+        right(model, reference)
+        with torch.no_grad():
+            for one in (model, reference):
+                for each in one.parameters():
+                    each.mul_(2)
+        right(model, reference)
+        stack.detach(model)
+        assert used(stack) == [0, 0]
+    unharmed(model, reference)
+
+
+def kill_threads(pool):
+    """Each dies when it takes up its next piece, which goes with it."""
+    for thread in pool._started:
+        assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+
+@pytest.mark.parametrize("pool", ["_readers", "_writers"])
+def test_threads_of_the_disk_that_die(pool):
+    """Whoever waits for one is told, and the next is served by others."""
+    with streamed("disk") as (model, reference, stack):
+        right(model, reference)
+        store, twin = stack._memory.store, model.layers[5].up.weight
+        kill_threads(getattr(store, pool))
+        use = (lambda: model(X)) if pool == "_readers" else lambda: twin.mul_(1)
+        with torch.no_grad(), pytest.raises(StorageError, match="thread that serves the disk has died"):
+            for _ in range(3):
+                use()
+        for _ in range(3):  # of each read that was asked for ahead who needs it is told once
+            with torch.no_grad(), contextlib.suppress(StorageError):
+                use()
+        right(model, reference)
+        with torch.no_grad():
+            twin.mul_(1)
+        right(model, reference)
+        assert not getattr(store, pool).died()
+
+
+LIMITS = {
+    "cgroup v2": ("sys/fs/cgroup/box/memory.max", "sys/fs/cgroup/box/memory.current", "cgroup2 rw"),
+    "cgroup v1": ("mem/box/memory.limit_in_bytes", "mem/box/memory.usage_in_bytes", "cgroup cgroup rw,memory"),
+    "MemAvailable": None,
+}
+
+
+@pytest.fixture(params=LIMITS)
+def with_30_mb(request, tmp_path, monkeypatch):
+    """A machine of 1 GB in which something leaves 30 MB."""
+    found = LIMITS[request.param]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    available = 30_000 if found is None else 900_000
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 1000000 kB\nMemAvailable: {available} kB\n")
+    if found is not None:
+        limit, usage, kind = found
+        point = limit.split("/box/")[0]
+        version = "0::" if kind.startswith("cgroup2") else "4:memory:"
+        (tmp_path / "proc/self/cgroup").write_text(f"{version}/box\n")
+        (tmp_path / "proc/self/mountinfo").write_text(f"30 25 0:26 / /{point} rw - {kind}\n")
+        (tmp_path / limit).parent.mkdir(parents=True)
+        (tmp_path / limit).write_text(f"{50_000 * 1024}\n")
+        (tmp_path / usage).write_text(f"{20_000 * 1024}\n")
+    monkeypatch.setattr(host_pages, "_HOST", HostMemory(tmp_path))
+
+
+def test_more_host_memory_than_the_machine_or_the_container_has(with_30_mb):
+    """Refused when the stack is made: nothing is brought for which the kernel would kill the process."""
+    levels = [{"capacity_mb": TOTAL / 2, "device": "cpu"}, {"capacity_mb": 31, "device": "cpu"}]
+    with pytest.raises(CapacityError, match=r"control group's memory limit, leaves 30\.7 MB free") as caught:
+        VGPUStack({"levels": levels})
+    (most,) = re.findall(r"give them at most ([\d.]+) MB in all", caught.value.remedy)
+    levels[1]["capacity_mb"] = float(most) - TOTAL / 2
+    model = Model()
+    reference = copy.deepcopy(model)
+    with VGPUStack({"levels": levels}) as stack:
+        stack.attach(model)
+        right(model, reference)
+    unharmed(model, reference)
+
+
+def test_memory_of_a_state_dict_that_is_gone_is_there_again():
+    model = Model()
+    stack = VGPUStack(config("host"))
+    stack.attach(model)
+    state = model.state_dict()
+    stack.detach(model)
+    assert used(stack)[1] > 0
+    del state
+    assert used(stack) == [0, 0]
+    stack.attach(model)
+    state = model.state_dict()
+    stack.close()
+    del state
+    assert used(stack) == [0, 0]
