@@ -420,6 +420,11 @@ def test_modules(name, layout):
     check(MODULES[name]().eval(), lambda model: [model(X)], layout)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_that_has_the_only_slot_reads_others(layout):
+    check(ReadsWithin().eval(), lambda model: [model(X)], layout, share=0.3, slots=1)
+
+
 # Where level 1 holds a fraction of a block, blocks are taken apart into their own modules.
 @pytest.mark.parametrize("make", [lambda: Blocks(Attends, 2), transformer_encoder, lambda: Blocks(Block, 2)])
 def test_blocks_taken_apart(make):

@@ -79,35 +79,49 @@ def test_random_use(layout, seed):
 
 @pytest.mark.parametrize("layout", ["host", "disk", "both"])
 def test_8_threads(layout):
+    """Each has keys of its own, which the others push from level to level."""
     kinds = LAYOUTS[layout]
-    faults = []
+    faults, kept = [], {}
 
     def work(number, stack):
         chance = random.Random(number)
         held = {}
         try:
-            for _ in range(60):
-                key = f"{number}-{chance.randrange(4)}"
-                if key not in held or chance.random() < 0.4:
+            for _ in range(80):
+                key, what = f"{number}-{chance.randrange(4)}", chance.random()
+                if key not in held or what < 0.35:
                     tensor = some(chance, 4000)
                     stack.put(key, tensor)
                     held[key] = tensor
+                elif what < 0.5:
+                    stack.delete(key)
+                    del held[key]
+                    assert key not in stack
                 else:
                     same(stack.get(key), held[key])
-                stack.prefetch([key])
+                stack.prefetch([key, f"{(number + 1) % 8}-{chance.randrange(4)}"])
             for key, tensor in held.items():
                 same(stack.get(key), tensor)
+            kept.update(held)
         except BaseException as fault:  # noqa: BLE001 - told below
             faults.append(fault)
 
-    with stack_of(kinds, 0.1, *([0.3, 4] if len(kinds) == 3 else [4])) as stack:
+    with stack_of(kinds, 0.05, *([0.05, 4] if len(kinds) == 3 else [4])) as stack:
         threads = [threading.Thread(target=work, args=(number, stack)) for number in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        assert not faults
         within(stack)
-    assert not faults
+        assert len(stack) == len(kept)
+        for key, tensor in kept.items():
+            same(stack.get(key), tensor)
+        *upper, _ = stack.stats()["levels"]
+        assert all(level["evictions"] > 0 for level in upper)
+        for key in kept:
+            stack.delete(key)
+        assert [level["used_mb"] for level in stack.stats()["levels"]] == [0] * len(kinds)
 
 
 def test_what_was_used_longest_ago_moves_down_and_comes_back():
@@ -133,8 +147,9 @@ def test_a_copy_is_kept_and_a_copy_is_given():
         tensor.zero_()
         stack.get("a").zero_()
         assert torch.equal(stack.get("a"), torch.ones(10))
-        stack.put("t", torch.arange(6).reshape(2, 3).T)
-        assert torch.equal(stack.get("t"), torch.arange(6).reshape(2, 3).T)
+        for strange in (torch.arange(6).reshape(2, 3).T, torch.ones(1, 3)[:, 1], torch.ones(3)[1], torch.ones(3, 0)):
+            stack.put("t", strange)
+            assert torch.equal(stack.get("t"), strange)
 
 
 def test_prefetch_brings_to_the_first_level():
@@ -194,6 +209,20 @@ def test_tensors_and_a_model_share_the_levels():
 def test_configurations_that_are_refused(config, what):
     with pytest.raises(ConfigError, match=what):
         VGPUStack.from_config(config)
+
+
+def test_memory_that_a_state_dict_held_is_there_for_tensors():
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    with stack_of(["cpu", "cpu"], 0.06, 0.11) as stack:
+        stack.attach(model)
+        state = model.state_dict()
+        stack.detach(model)
+        large = torch.ones(20_000)
+        with pytest.raises(CapacityError):
+            stack.put("large", large)
+        del state
+        stack.put("large", large)
+        same(stack.get("large"), large)
 
 
 def test_what_cannot_be_put():

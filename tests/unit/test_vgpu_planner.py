@@ -246,3 +246,26 @@ def test_looking_ahead_changes_nothing(order):
         list(itertools.islice(one.ahead(), 7))
         assert one.saw(number) == other.saw(number)
     assert one.surprises == other.surprises
+
+
+def test_the_least_of_an_only_level_has_what_others_hold():
+    with pytest.raises(CapacityError) as caught:
+        plan(blobs([10 * PAGE] * 3), Capacities(device=25 * PAGE, taken=(7 * PAGE, 0, 0)))
+    level, amount = least(caught.value)
+    assert level == "device"
+    assert amount >= 37 * PAGE
+    plan(blobs([10 * PAGE] * 3), Capacities(device=int(amount) - 7 * PAGE, taken=(7 * PAGE, 0, 0)))
+
+
+@pytest.mark.parametrize("disk", range(3, 9))
+def test_fewer_slots_where_what_they_leave_over_does_not_fit_below(disk):
+    """Of eight blocks six fit to level 1: as many slots as asked for, as far as the disk has the others."""
+    made = plan(blobs([PAGE] * 8), Capacities(device=6 * PAGE, disk=disk * PAGE), slots=5)
+    assert made.slots == min(5, disk - 2)
+
+
+@pytest.mark.parametrize("disk", range(3, 6))
+def test_fewer_places_of_staging_where_what_they_push_out_does_not_fit_on_the_disk(disk):
+    """Of six streamed blocks the host has four, or the fewer the more places blocks from the disk pass through."""
+    made = plan(blobs([PAGE] * 7), Capacities(device=2 * PAGE, host=4 * PAGE, disk=disk * PAGE), slots=1)
+    assert made.staging == disk - 2
