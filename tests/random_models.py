@@ -124,6 +124,20 @@ class Reads(nn.Module):
         return x + getattr(*self.other).float().sum() * 0.01
 
 
+class Counts(nn.Module):
+    """Writes to a parameter of its own while it runs."""
+
+    def __init__(self, chance, width):
+        super().__init__()
+        self.count = nn.Parameter(torch.zeros(chance.choice([1, 2000])), requires_grad=False)
+        self.next = Mlp(chance, width)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.count.add_(0.1)
+        return self.next(x) + self.count.sum()
+
+
 class Nested(nn.Module):
     def __init__(self, blocks):
         super().__init__()
@@ -171,7 +185,7 @@ def matrices(blocks):
 
 def block(chance, width, others):
     """One of any kind; `others` are those before it."""
-    kind = chance.choice([Mlp, Mlp, Looked, Convolved, Odd, Odd, Views, Reads, Nested, "fp4"])
+    kind = chance.choice([Mlp, Looked, Convolved, Odd, Odd, Views, Reads, Counts, Nested, "fp4"])
     if kind == "fp4":
         made = Mlp(chance, width)
         return quantize(made, FP4Config(format="nvfp4")) if width % 16 == 0 and made.up.out_features % 16 == 0 else made
