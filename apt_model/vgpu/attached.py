@@ -257,7 +257,8 @@ class Attached:
             self._lanes.compute().synchronize()
         self._memory.first.went.count(packed.nbytes)
         if blob in self._host:
-            self._host_level.came.count(packed.nbytes)
+            if self._memory.host is not None:  # else it is kept on the host as the disk has no room
+                self._memory.host.came.count(packed.nbytes)
             self._host[blob][: packed.nbytes].copy_(memory[: packed.nbytes])
             return
         assert self._store is not None
@@ -357,7 +358,8 @@ class Attached:
             self._memory.first.went.count(blob.nbytes)
             return self._residents[id(blob)]
         assert number is not None
-        self._host_level.went.count(blob.nbytes)
+        if self._memory.host is not None:
+            self._memory.host.went.count(blob.nbytes)
         return self._host[number]
 
 
