@@ -6,7 +6,11 @@ import torch
 from apt_model.optimization import FP4Config, VGPUStack, quantize
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore::SyntaxWarning"),  # of torchao, which transformers imports
+]
 
 
 @pytest.fixture(scope="module")
