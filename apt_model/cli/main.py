@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": ("apt_model.cli.generate", "continue a text, or write the target of a source"),
     "eval": ("apt_model.cli.evaluate", "score held-out text, beside gzip and xz and beside the plain twin"),
     "quantize": ("apt_model.cli.quantize", "turn a saved model's weights into 4-bit floating point"),
+    "plan": ("apt_model.cli.plan", "what of a model would live where in GPU, RAM and SSD, and how fast that is"),
     "info": ("apt_model.cli.info", "this version, this machine, and the size of a model"),
 }
 _BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended

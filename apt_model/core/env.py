@@ -23,4 +23,8 @@ FP4_CACHE = Variable(
     "APT_FP4_CACHE", "a folder", "where `tune` keeps what it measured, instead of ~/.cache/apt_model/fp4"
 )
 
-VARIABLES = (DEVICE, DEBUG, FP4_CACHE)
+PLAN_CACHE = Variable(
+    "APT_PLAN_CACHE", "a folder", "where `apt-model plan --measure` keeps its rates, instead of ~/.cache/apt_model/plan"
+)
+
+VARIABLES = (DEVICE, DEBUG, FP4_CACHE, PLAN_CACHE)

@@ -22,6 +22,7 @@ _ORDER = tuple(
     re.compile(pattern)
     for pattern in (
         r"^(shared|wte|embed_tokens|tok_embeddings|word_embeddings?|embed_in|embeddings?)$",
+        r"^conv\d?$",
         r"^(wpe|embed_positions|position_embeddings)$",
         r"embed",
         r"^(ln_?1|norm1|layer_norm1)$",

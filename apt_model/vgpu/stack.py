@@ -24,8 +24,9 @@ from apt_model.vgpu.keyed import KeyedTensors
 from apt_model.vgpu.layout import Layout, Packing, lay_out
 from apt_model.vgpu.memory import memory_of
 from apt_model.vgpu.modules import buffer_bytes, tree_of
+from apt_model.vgpu.planned import planned_report
 from apt_model.vgpu.planner import DISK
-from apt_model.vgpu.report import Report, report
+from apt_model.vgpu.report import Report
 from apt_model.vgpu.trace import Trace
 from apt_model.vgpu.weights import FolderWeights, Weights
 
@@ -148,16 +149,25 @@ class VGPUStack:
                 self._trace.add(model, layout.windows)
         return model
 
-    def plan(self, model: nn.Module, tokens: int = 1) -> Report:
+    def plan(self, model: nn.Module, tokens: int = 1, *, length: int | None = None) -> Report:
         """What would live where if `model` were attached, and how long a pass of `tokens` tokens would take.
 
-        Moves nothing. Rates are the levels' `speed_gbps`, or measured here; compute is that of a square product.
+        Moves nothing. Rates are the levels' `speed_gbps`, those that `apt-model plan --measure` has kept of this
+        device, or measured here, within what the levels have free.
+
+        Args:
+            model: as `attach` takes it.
+            tokens: of a pass.
+            length: of its sequences; None: it is one sequence.
         """
-        require(isinstance(tokens, int) and tokens > 0, "VGPUStack.plan: tokens", "a whole number above 0", tokens)
+        for name, value in (("tokens", tokens), ("length", length or tokens)):
+            good = isinstance(value, int) and value > 0
+            require(good, f"VGPUStack.plan: {name}", "a whole number above 0", value)
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
             self._begin()
             check(model)
-            return report(model, self._layout(model).plan, self._memory, tokens)
+            layout = self._layout(model)
+            return planned_report(model, layout, self._memory, tokens=tokens, length=length or tokens)
 
     def detach(self, model: nn.Module) -> nn.Module:
         """Give `model` its weights back, on the device that they came from, and end the streaming."""

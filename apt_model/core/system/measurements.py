@@ -33,11 +33,14 @@ class Machine(NamedTuple):
 def folder() -> Path:
     """Where the files are: APT_FP4_CACHE, or apt_model/fp4 in the user's cache folder."""
     asked = env.FP4_CACHE.get()
-    if asked is not None:
-        return Path(asked).expanduser()
-    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return caches() / "fp4" if asked is None else Path(asked).expanduser()
+
+
+def caches() -> Path:
+    """This package's part of the user's cache folder."""
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The standard has relative paths ignored.
-    return (caches if caches.is_absolute() else Path.home() / ".cache") / "apt_model" / "fp4"
+    return (asked if asked.is_absolute() else Path.home() / ".cache") / "apt_model"
 
 
 def file_of(machine: Machine) -> Path:

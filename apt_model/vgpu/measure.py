@@ -1,0 +1,220 @@
+"""The rates of this machine (`rates.py`), measured in a second or two and in as much memory as is given for it."""
+
+import dataclasses
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from apt_model.core.system.device import Device
+from apt_model.ops import fp4
+from apt_model.vgpu.memory import Memory
+from apt_model.vgpu.rates import Curve, Rates
+from apt_model.vgpu.units import MB, PAGE
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Rows of x, and the side of a weight: of a large product, which a model's own come near to.
+_ROWS_GPU, _ROWS_CPU = (1, 16, 64, 256, 1024, 4096, 16384), (1, 16, 64, 256, 1024)
+_SIDE_GPU, _SIDE_CPU, _SIDE_LEAST = 4096, 512, 64
+# Bytes of weights that take turns, so that no cache holds the next one.
+_TURNS_GPU, _TURNS_CPU = 256 * MB, 64 * MB
+# Of what is copied, to learn a rate; and how long each figure is measured: until a device is at its lasting speed.
+_PROBE, _SECONDS, _ROUNDS = 64 * MB, 0.06, 5
+_HEADS, _HEAD_WIDTH, _LENGTH_GPU, _LENGTH_CPU = 16, 128, 2048, 256
+_TINY_WIDTH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Measures on one device.
+
+    Args:
+        device: where.
+        room: bytes of its memory that may be used at once.
+        seconds: how long each figure is measured.
+    """
+
+    device: Device
+    room: int
+    seconds: float = _SECONDS
+
+    @property
+    def real(self) -> bool:
+        """Whether it is an accelerator."""
+        return self.device.kind != "cpu"
+
+    def time(self, work: Callable[[], object]) -> float:
+        """Seconds of one call among many, until the device has done them: the median of some rounds."""
+        work()
+        self.device.synchronize()
+        begin = time.perf_counter()
+        work()
+        self.device.synchronize()
+        once = max(time.perf_counter() - begin, 1e-7)
+        count = max(1, int(self.seconds / _ROUNDS / once))
+        times = []
+        for _ in range(_ROUNDS):
+            begin = time.perf_counter()
+            for _ in range(count):
+                work()
+            self.device.synchronize()
+            times.append((time.perf_counter() - begin) / count)
+        return statistics.median(times)
+
+    def products(self, dtype: torch.dtype) -> Curve:
+        """Of linear layers in `dtype`, by rows of x."""
+        element, most = torch.empty(0, dtype=dtype).element_size(), _TURNS_GPU if self.real else _TURNS_CPU
+        side = self._side(element)
+        count = max(1, min(most, self.room // 2) // (side * side * element))
+        weights = [torch.randn(side, side, device=self.device.device).to(dtype) for _ in range(count)]
+        return self._curve(weights, side, dtype, functional.linear)
+
+    def fp4_products(self, dtype: torch.dtype) -> Curve:
+        """Of linear layers with nvfp4 weights, in the order in which they compute."""
+        side = self._side(2)
+        made = fp4.quantize(torch.randn(side, side, device=self.device.device) * 0.02, "nvfp4")
+        weight: fp4.Operand = made
+        if fp4.wants_order(fp4.NVFP4, self.device.device, dtype):
+            weight = fp4.shuffle_if_reversible(made, dtype) or made
+        return self._curve([weight], side, dtype, lambda x, each: fp4.linear(x, each, None))
+
+    def _side(self, element: int) -> int:
+        side = _SIDE_GPU if self.real else _SIDE_CPU
+        return max(_SIDE_LEAST, min(side, int((self.room / 8 / element) ** 0.5) // _SIDE_LEAST * _SIDE_LEAST))
+
+    def _curve(
+        self, weights: Sequence[object], side: int, dtype: torch.dtype, linear: Callable[..., Tensor]
+    ) -> Curve:  # fmt: skip
+        found = []
+        for rows in _ROWS_GPU if self.real else _ROWS_CPU:
+            if rows > 1 and 2 * rows * side * dtype.itemsize > self.room // 4:
+                break
+            x = torch.randn(rows, side, device=self.device.device).to(dtype)
+
+            taken = self.time(functools.partial(_next_product, linear, x, itertools.cycle(weights)))
+            found.append((rows, 2 * rows * side * side / taken / 1e12))
+        return tuple(found)
+
+    def attention(self, dtype: torch.dtype) -> float:
+        """Of scaled dot product attention, not causal: TFLOP/s."""
+        length = _LENGTH_GPU if self.real else _LENGTH_CPU
+        while length > 16 and 4 * _HEADS * length * _HEAD_WIDTH * dtype.itemsize > self.room // 2:
+            length //= 2
+        shape = (1, _HEADS, length, _HEAD_WIDTH)
+        q, k, v = (torch.randn(*shape, device=self.device.device).to(dtype) for _ in range(3))
+        taken = self.time(lambda: functional.scaled_dot_product_attention(q, k, v))
+        return 4 * length * length * _HEADS * _HEAD_WIDTH / taken / 1e12
+
+    def memory(self) -> float:
+        """Of level 1's memory, read and written: GB/s."""
+        size = max(PAGE, min(4 * _PROBE if self.real else _PROBE, self.room // 3))
+        source = torch.zeros(size, dtype=torch.uint8, device=self.device.device)
+        target = torch.empty_like(source)
+        return 2 * size / self.time(lambda: target.copy_(source)) / 1e9
+
+    def launch(self, dtype: torch.dtype) -> float:
+        """Seconds of the host for a kernel, Python around it included: of a tiny block of layers."""
+        block, x = _Tiny().to(self.device.device, dtype), torch.zeros(1, _TINY_WIDTH, device=self.device.device)
+        x = x.to(dtype)
+        return self.time(lambda: block(x)) / _Tiny.launches
+
+
+def _next_product(linear: Callable[..., Tensor], x: Tensor, weights: Iterator[object]) -> Tensor:
+    return linear(x, next(weights))
+
+
+class _Tiny(nn.Module):
+    """As many kernels, and as much Python, as a block has that is written in plain PyTorch."""
+
+    launches = 17
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(_TINY_WIDTH, _TINY_WIDTH) for _ in range(4))
+        self.norm = nn.Parameter(torch.ones(_TINY_WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + functional.silu(layer(x))  # three
+        wide = x.to(torch.float64)
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return scaled.to(x.dtype) * self.norm[None]
+
+
+def rates_of(
+    device: Device, dtypes: Sequence[str], *, fp4: bool = True, room: int | None = None, seconds: float = _SECONDS
+) -> Rates:
+    """Everything of a device but link and disk, which are between levels.
+
+    Args:
+        device: where models compute.
+        dtypes: of linear layers, by safetensors' names.
+        fp4: whether 4-bit weights are of interest.
+        room: bytes of its memory that may be used; None: a quarter of what is free, up to 1 GB.
+        seconds: how long each figure is measured.
+    """
+    probe = Probe(device, min(device.free_memory() // 4, 1000 * MB) if room is None else room, seconds)
+    known = [DTYPES[name] for name in dtypes if name in DTYPES] or [torch.float32]
+    with torch.inference_mode():
+        return Rates(
+            device=f"{device.name()}, torch {torch.__version__}",
+            kind="gpu" if probe.real else "cpu",
+            memory_gbps=probe.memory(),
+            products={name: probe.products(DTYPES[name]) for name in dtypes if name in DTYPES},
+            fp4_products=probe.fp4_products(known[0]) if fp4 else (),
+            attention_tflops=probe.attention(known[0]),
+            launch_s=probe.launch(known[0]),
+        )
+
+
+def link_gbps(memory: Memory, device: Device) -> float | None:
+    """From the arena to level 1, as far as both have room for a moment; None where they have none."""
+    host, first = memory.host, memory.first
+    assert host is not None
+    size = min(_PROBE, first.free, host.free) // PAGE * PAGE
+    if not size:
+        return None
+    what = "a copy to learn the link's rate"
+    first.take(size, what)
+    try:
+        region = memory.take_host(size, what)
+        try:
+            target = torch.empty(size, dtype=torch.uint8, device=memory.lanes.device)
+            copy = functools.partial(target.copy_, region.tensor, non_blocking=True)
+            return size / Probe(device, 0).time(copy) / 1e9
+        finally:
+            memory.give_host(region)
+    finally:
+        first.give(size)
+
+
+def disk_gbps(memory: Memory) -> float | None:
+    """Of blobs that are written for this and removed, as far as there is room; two are read at once."""
+    assert memory.store is not None
+    assert memory.disk is not None
+    size = min(_PROBE, memory.disk.free // 2) // PAGE * PAGE
+    if not size:
+        return None
+    store, data = memory.store, [torch.zeros(size, dtype=torch.uint8) for _ in range(2)]
+    names = [f"how fast the disk is {i}" for i in range(2)]
+    memory.disk.take(2 * size, "blobs to learn the disk's rate")
+    try:
+        for name, each in zip(names, data, strict=True):
+            store.write(name, each)
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            for handle in [store.read_async(name, each) for name, each in zip(names, data, strict=True)]:
+                handle.wait()
+            times.append(time.perf_counter() - begin)
+        return 2 * size / statistics.median(times) / 1e9
+    finally:
+        for name in names:
+            if name in store:
+                store.delete(name)
+        memory.disk.give(2 * size)
