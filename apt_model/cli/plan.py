@@ -121,8 +121,8 @@ def _plan(options: Options, model: Outline, config: Mapping[str, Any], measured:
         found = {"model": options.model, "weights": weights, "plan": dataclasses.asdict(made), "least": least}
         output.write_json({**found, "rates": dataclasses.asdict(rates)})
         return
-    weights = f"{options.quantize or 'FP4'} and {model.dtype}" if model.fp4 else model.dtype
-    title = f"{options.model}: {output.size(model.root.nbytes)} of weights in {weights}"
+    kind = f"{options.quantize or 'FP4'} and {model.dtype}" if model.fp4 else model.dtype
+    title = f"{options.model}: {output.size(model.root.nbytes)} of weights in {kind}"
     plan_text.tell(title, made, rates, least, batch=options.batch)
     if not options.quiet and made.pass_s is None:
         output.write_hints("apt-model plan --measure")
@@ -143,8 +143,8 @@ def _read(model: str) -> tuple[dict[str, Any], dict[str, Saved]]:
     if not path.exists() and _HUB_ID.fullmatch(model):
         from apt_model.integrations.hub import look_up  # noqa: PLC0415 - only for the Hub
 
-        found = look_up(model)
-        return found.config, {name: Saved(*each) for name, each in found.tensors.items()}
+        remote = look_up(model)
+        return remote.config, {name: Saved(*each) for name, each in remote.tensors.items()}
     if not path.is_dir():
         raise CheckpointError(
             f"{model}: expected a model's folder, or a model of the Hugging Face Hub as ORG/NAME",

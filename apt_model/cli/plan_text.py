@@ -36,12 +36,12 @@ def enough(count: int) -> str:
 
 def _times(made: Report, rates: Rates, batch: int) -> list[tuple[str, str]]:
     parts = {"compute": made.compute_s, "link": made.link_s, "disk": made.disk_s}
-    shown = ", ".join(f"{name} {seconds:.4f} s" for name, seconds in parts.items() if seconds is not None)
+    shown = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items() if seconds is not None)
     what = f"{made.tokens:,} token{'s'[: made.tokens > 1]}" + (f" in {batch:,} sequences" if batch > 1 else "")
     if made.pass_s is None:
         known = f"; known: {shown}" if shown else ""
         return [("a pass", f"{what}: not predicted, as not all rates are known{known}")]
-    facts = [("a pass", f"{what}: {made.pass_s:.4f} s, bound by {made.bound} ({shown})")]
+    facts = [("a pass", f"{what}: {made.pass_s:.3g} s, bound by {made.bound} ({shown})")]
     if made.tokens_for_slow_down is not None:
         said = f"{made.tokens_for_slow_down:,} tokens a pass on, streaming takes at most {SLOWER} of compute"
         facts.append(("from", said))

@@ -36,7 +36,7 @@ def look_up(repository: str) -> RemoteModel:
             f"{repository} has no safetensors on the Hub: only those have headers to plan from",
             remedy="download it, save it with save_pretrained, and give the folder",
         ) from error
-    except (*_of_the_client(errors), errors.SafetensorsParsingError, OSError, ValueError) as error:
+    except (_of_the_client(errors), errors.SafetensorsParsingError, OSError, ValueError) as error:
         words = " ".join(str(error).split())
         raise CheckpointError(
             f"{repository} cannot be looked up on the Hub: {words}"[:400],
@@ -50,6 +50,6 @@ def look_up(repository: str) -> RemoteModel:
     return RemoteModel(read_json(Path(path)), tensors)
 
 
-def _of_the_client(errors: Any) -> tuple[type[Exception], ...]:
-    """What the Hub's own client raises when it reaches nobody: other classes in every major version."""
-    return tuple(each for each in errors.HfHubHTTPError.__mro__ if each.__name__ == "HTTPError")
+def _of_the_client(errors: Any) -> type[Exception]:
+    """What the Hub's own client raises when it reaches nobody: another class in every major version."""
+    return next(each for each in errors.HfHubHTTPError.__mro__ if each.__name__ == "HTTPError")

@@ -40,11 +40,11 @@ class Report:
         ]
         lines.append(f"{self.streamed_mb:,.1f} MB a pass through {self.slots} slots")
         parts = {"compute": self.compute_s, "link": self.link_s, "disk": self.disk_s}
-        shown = ", ".join(f"{name} {seconds:.4f} s" for name, seconds in parts.items() if seconds is not None)
+        shown = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items() if seconds is not None)
         if self.pass_s is None:
             lines.append(f"{self.tokens} tokens: not all rates are known ({shown or 'none'})")
         else:
-            lines.append(f"{self.tokens} tokens: {self.pass_s:.4f} s a pass, bound by {self.bound} ({shown})")
+            lines.append(f"{self.tokens} tokens: {self.pass_s:.3g} s a pass, bound by {self.bound} ({shown})")
         if self.tokens_for_slow_down is not None:
             lines.append(f"within {SLOWER} of compute alone from {self.tokens_for_slow_down} tokens a pass on")
         return "\n".join(lines)
