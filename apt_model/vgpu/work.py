@@ -85,7 +85,7 @@ def facts_of(config: Mapping[str, Any]) -> Facts:
         rotary=rotary,
         top_k=_number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk") or 1,
         activation=str(next((config[name] for name in _ACTIVATIONS if config.get(name)), "")),
-        fused_norm=config.get("model_type") == "apt",
+        fused_norm=config.get("model_type") == "apt" or "use_autopoietic" in config,
     )
 
 

@@ -30,6 +30,10 @@ LEAN = [
     "apt_model.trainer.corpus",
     "apt_model.trainer.presets",
     "apt_model.trainer.runs",
+    "apt_model.vgpu.headers",
+    "apt_model.vgpu.least",
+    "apt_model.vgpu.report",
+    "apt_model.integrations.hub",
 ]
 
 
