@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from apt_model.core.files import write_text
+
 
 def machine() -> dict[str, Any]:
     """Device, driver, versions and commit of this run."""
@@ -73,13 +75,19 @@ def graph_seconds(call: Any, *, repeat: int = 20, rounds: int = 5) -> float:
     return statistics.median(gpu_seconds(graph.replay, repeat=3, warm_up=1) for _ in range(rounds)) / repeat
 
 
-def write(name: str, rows: list[dict[str, Any]], *, folder: Path | None = None) -> Path:
-    """Write the rows with the machine and its ceilings to benchmarks/results/<device>/<name>.json."""
-    found = machine()
-    device = found["device"].lower().replace(" ", "-")
+def header() -> dict[str, Any]:
+    """What stands above the rows."""
+    return {"machine": machine(), "ceilings": ceilings()}
+
+
+def write(
+    name: str, rows: list[dict[str, Any]], *, folder: Path | None = None, above: dict[str, Any] | None = None
+) -> Path:
+    """Write the rows below `above` (None: `header()` now) to benchmarks/results/<device>/<name>.json, in one step."""
+    above = above or header()
+    device = above["machine"]["device"].lower().replace(" ", "-")
     path = (folder or Path(__file__).parent / "results" / device) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": found, "ceilings": ceilings(), "rows": rows}, indent=1) + "\n")
+    write_text(path, json.dumps({**above, "rows": rows}, indent=1) + "\n")
     return path
 
 
