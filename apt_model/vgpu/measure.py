@@ -14,8 +14,10 @@ from torch.nn import functional
 from apt_model.core.system.device import Device
 from apt_model.ops import fp4
 from apt_model.vgpu.memory import Memory
+from apt_model.vgpu.modules import tree_of
 from apt_model.vgpu.rates import Curve, Rates
 from apt_model.vgpu.units import MB, PAGE
+from apt_model.vgpu.work import Facts, work_of
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Rows of x, and the side of a weight: of a large product, which a model's own come near to.
@@ -24,9 +26,9 @@ _SIDE_GPU, _SIDE_CPU, _SIDE_LEAST = 4096, 512, 64
 # Bytes of weights that take turns, so that no cache holds the next one.
 _TURNS_GPU, _TURNS_CPU = 256 * MB, 64 * MB
 # Of what is copied, to learn a rate; and how long each figure is measured: until a device is at its lasting speed.
-_PROBE, _SECONDS, _ROUNDS = 64 * MB, 0.06, 5
-_HEADS, _HEAD_WIDTH, _LENGTH_GPU, _LENGTH_CPU = 16, 128, 2048, 256
-_TINY_WIDTH = 64
+_PROBE, _SECONDS_GPU, _SECONDS_CPU, _ROUNDS = 64 * MB, 0.15, 0.06, 5
+_HEADS, _HEAD_WIDTH, _LENGTH_GPU, _LENGTH_CPU = 16, 128, 4096, 256
+_TINY_WIDTH, _TINY_HEADS = 64, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Probe:
 
     device: Device
     room: int
-    seconds: float = _SECONDS
+    seconds: float = _SECONDS_CPU
 
     @property
     def real(self) -> bool:
@@ -119,36 +121,57 @@ class Probe:
         return 2 * size / self.time(lambda: target.copy_(source)) / 1e9
 
     def launch(self, dtype: torch.dtype) -> float:
-        """Seconds of the host for a kernel, Python around it included: of a tiny block of layers."""
-        block, x = _Tiny().to(self.device.device, dtype), torch.zeros(1, _TINY_WIDTH, device=self.device.device)
-        x = x.to(dtype)
-        return self.time(lambda: block(x)) / _Tiny.launches
+        """Seconds of the host for a kernel, Python around it included: of a tiny block, counted as others are."""
+        block = _Tiny().to(self.device.device, dtype)
+        x = torch.zeros(1, 1, _TINY_WIDTH, device=self.device.device, dtype=dtype)
+        turn = torch.zeros(_TINY_WIDTH // _TINY_HEADS, device=self.device.device, dtype=dtype)
+        launches = work_of(tree_of(block), Facts(width=_TINY_WIDTH, rotary=True), dtype.itemsize).launches
+        return self.time(lambda: block(x, turn, turn)) / launches
 
 
 def _next_product(linear: Callable[..., Tensor], x: Tensor, weights: Iterator[object]) -> Tensor:
     return linear(x, next(weights))
 
 
-class _Tiny(nn.Module):
-    """As many kernels, and as much Python, as a block has that is written in plain PyTorch."""
+class _Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(_TINY_WIDTH))
 
-    launches = 17
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class _Tiny(nn.Module):
+    """A block as transformers writes them, so small that its time is the host's."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(_TINY_WIDTH, _TINY_WIDTH) for _ in range(4))
-        self.norm = nn.Parameter(torch.ones(_TINY_WIDTH))
+        self.input_layernorm, self.post_attention_layernorm = _Norm(), _Norm()
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        self.linear = nn.ModuleDict({name: nn.Linear(_TINY_WIDTH, _TINY_WIDTH, bias=False) for name in names})
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + functional.silu(layer(x))  # three
-        wide = x.to(torch.float64)
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return scaled.to(x.dtype) * self.norm[None]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        shape = (1, 1, _TINY_HEADS, _TINY_WIDTH // _TINY_HEADS)
+        normed = self.input_layernorm(x)
+        q, k, v = (self.linear[f"{name}_proj"](normed).view(shape).transpose(1, 2) for name in "qkv")
+        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + self.linear["o_proj"](attended)
+        normed = self.post_attention_layernorm(x)
+        gated = functional.silu(self.linear["gate_proj"](normed)) * self.linear["up_proj"](normed)
+        return x + self.linear["down_proj"](gated)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
 def rates_of(
-    device: Device, dtypes: Sequence[str], *, fp4: bool = True, room: int | None = None, seconds: float = _SECONDS
+    device: Device, dtypes: Sequence[str], *, fp4: bool = True, room: int | None = None, seconds: float | None = None
 ) -> Rates:
     """Everything of a device but link and disk, which are between levels.
 
@@ -157,9 +180,10 @@ def rates_of(
         dtypes: of linear layers, by safetensors' names.
         fp4: whether 4-bit weights are of interest.
         room: bytes of its memory that may be used; None: a quarter of what is free, up to 1 GB.
-        seconds: how long each figure is measured.
+        seconds: how long each figure is measured; None: until a device is at its lasting speed.
     """
-    probe = Probe(device, min(device.free_memory() // 4, 1000 * MB) if room is None else room, seconds)
+    usual = _SECONDS_CPU if device.kind == "cpu" else _SECONDS_GPU
+    probe = Probe(device, min(device.free_memory() // 4, 1000 * MB) if room is None else room, seconds or usual)
     known = [DTYPES[name] for name in dtypes if name in DTYPES] or [torch.float32]
     with torch.inference_mode():
         return Rates(

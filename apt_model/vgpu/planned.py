@@ -12,6 +12,7 @@ from apt_model.vgpu import rates as rates_file
 from apt_model.vgpu.layout import Layout
 from apt_model.vgpu.measure import disk_gbps, link_gbps, rates_of
 from apt_model.vgpu.memory import Memory
+from apt_model.vgpu.planner import DISK
 from apt_model.vgpu.rates import Rates
 from apt_model.vgpu.report import Report, report
 from apt_model.vgpu.tree import Held
@@ -66,7 +67,7 @@ def _rates(layout: Layout, memory: Memory, dtypes: list[str]) -> Rates:
     if host is not None and plan.streamed_bytes:
         speed = host.config.speed_gbps or found.link_gbps or link_gbps(memory, device)
         found = dataclasses.replace(found, link_gbps=speed)
-    if disk is not None and plan.disk_bytes:
+    if disk is not None and DISK in plan.homes:
         found = dataclasses.replace(found, disk_gbps=disk.config.speed_gbps or found.disk_gbps or disk_gbps(memory))
     return found
 

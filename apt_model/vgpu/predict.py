@@ -48,9 +48,8 @@ class Forecast:
         self._on_disk = [home == DISK for home in plan.homes]
         streamed = set(layout.streamed)
         self._needs = [[blob for blob in need if blob in streamed] for need in layout.needs]
-        self._direct = bool(plan.disk_bytes) and not plan.staging
-        copied = any(not self._on_disk[blob] or not self._direct for blob in streamed)
-        self._uses_link, self._uses_disk = copied, plan.disk_bytes > 0
+        self._uses_disk = any(self._on_disk)
+        self._uses_link = any(plan.staging or not self._on_disk[blob] for blob in streamed)
 
     def predict(self, tokens: int, length: int) -> Prediction:
         """A pass of `tokens` tokens in sequences of `length`."""
