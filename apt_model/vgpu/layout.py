@@ -92,9 +92,16 @@ def lay_out(
     limit = room if total + buffers <= room else (room - padded(buffers)) // slots
     best: Layout | None = None
     fault: CapacityError | None = None
+    before: list[Node] | None = None
     for _ in range(_HALVINGS):
+        found = find(root, limit)
+        limit //= 2
+        nodes = [window.node for window in found.windows]
+        if nodes == before:  # as before: nothing can be taken apart further
+            continue
+        before = nodes
         try:
-            layout = Layout(find(root, limit), buffers, capacities, slots, in_files)
+            layout = Layout(found, buffers, capacities, slots, in_files)
         except CapacityError as error:
             fault = error
         else:
@@ -102,7 +109,6 @@ def lay_out(
                 best = layout
             if not layout.plan.slots or layout.plan.slots >= min(slots, len(layout.streamed)):
                 return layout
-        limit //= 2
     if best is None:
         assert fault is not None
         try:

@@ -137,6 +137,7 @@ def _residents(
     """Homes (DEVICE or HOST), how many slots there are, and their size."""
     capacity = capacities.device
     largest = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    total = sum(sizes)
     # How many slots are missing and what is streamed, how many of the largest stay, and the slots.
     best: tuple[tuple[int, int], int, int] | None = None
     kept = 0
@@ -145,18 +146,15 @@ def _residents(
         left = capacity - always - kept
         count = min(slots, left // slot if slot else slots, len(largest) - stay)
         if count >= min(at_once, len(largest) - stay) and count > 0:
-            streamed = sum(sizes) - kept - max(0, left - count * slot)
+            streamed = total - kept - max(0, left - count * slot)
             # Fewer slots than asked for are a last resort: copies then wait for what computes.
             rank = (slots - count if len(largest) - stay > count else 0, streamed)
             if best is None or rank < best[0]:
                 best = (rank, stay, count)
         kept += slot
     if best is None:
-        least = min(
-            always + sum(sizes),
-            *(always + sum(sizes[i] for i in largest[:stay]) + at_once * sizes[largest[stay]]
-              for stay in range(len(largest))),
-        )  # fmt: skip
+        staying = itertools.accumulate((sizes[i] for i in largest), initial=0)
+        least = always + min(total, *(stay + at_once * sizes[i] for stay, i in zip(staying, largest, strict=False)))
         name = blobs[largest[0]].name
         raise CapacityError(
             f"level 1 has room for {enough(capacity)}: with {enough(always)} that always stay there and {at_once} of "
