@@ -24,12 +24,20 @@ def measure(device: Device, dtypes: Sequence[str], path: str | None = None) -> R
         dtypes: of their weights ("BF16" and the like).
         path: a folder on the disk that is measured; None: a temporary one.
     """
-    found = rates_of(device, dtypes)
+    found, name = rates_of(device, dtypes), _name(device)
     below = [{"capacity_mb": _LEVELS[1], "device": "cpu"}, {"capacity_mb": _LEVELS[2], "device": "ssd", "path": path}]
-    with VGPUStack({"levels": [{"capacity_mb": _LEVELS[0], "device": str(device.device)}, *below]}) as stack:
+    with VGPUStack({"levels": [{"capacity_mb": _LEVELS[0], "device": name}, *below]}) as stack:
         memory = stack._memory  # noqa: SLF001 - the same package
         link, disk = link_gbps(memory, device), disk_gbps(memory)
     return dataclasses.replace(found, link_gbps=link, disk_gbps=disk, hook_s=_hook(device))
+
+
+def _name(device: Device) -> str:
+    """With its number, where it has one."""
+    kind, index = device.device.type, device.device.index
+    if kind == "cpu":
+        return kind
+    return f"{kind}:{torch.accelerator.current_device_index() if index is None else index}"
 
 
 def _hook(device: Device) -> float:
@@ -38,7 +46,7 @@ def _hook(device: Device) -> float:
     probe, x = Probe(device, 0), torch.zeros(1, _WIDTH, device=device.device)
     size = sum(parameter.nbytes for parameter in model[0].parameters())
     levels = [
-        {"capacity_mb": 4 * (size + 4096) / 1e6, "device": str(device.device)},
+        {"capacity_mb": 4 * (size + 4096) / 1e6, "device": _name(device)},
         {"capacity_mb": 4.2, "device": "cpu"},
     ]
     with torch.no_grad(), VGPUStack({"levels": levels}) as stack:

@@ -1,6 +1,7 @@
 """`apt-model plan`: reads headers alone, without torch; every option does something; mistakes end in four lines."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -365,6 +366,16 @@ def test_what_the_hub_has_not(name, said, hub, capsys):
     code, lines = refused(capsys, name, "--gpu", "4MB")
     assert code == 3
     assert said in lines[0]
+
+
+def test_a_hub_that_is_not_there_is_said():
+    """The real client, with nobody at the address."""
+    pytest.importorskip("huggingface_hub", reason="needs the extra hf")
+    code = "import sys; from apt_model.cli.main import main; sys.exit(main(['plan', 'org/name', '--gpu', '1GB']))"
+    alone = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=alone, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("APT-E020  org/name cannot be looked up on the Hub")
 
 
 def test_without_the_client_the_extra_is_named(monkeypatch, capsys):
