@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from apt_model.core.errors import CheckpointError, MissingExtraError
 from apt_model.core.fp4_storage import CONFIG_FILE
+from apt_model.core.tensor_files import BITS
 from apt_model.core.tensor_folders import read_json
 
 
@@ -47,6 +48,8 @@ def look_up(repository: str) -> RemoteModel:
         for file in found.files_metadata.values()
         for name, info in file.tensors.items()
     }
+    if unknown := sorted({dtype for dtype, _ in tensors.values()} - BITS.keys()):
+        raise CheckpointError(f"{repository} has tensors of type {unknown[0]}, whose size this version does not know")
     return RemoteModel(read_json(Path(path)), tensors)
 
 

@@ -338,10 +338,12 @@ def hub(monkeypatch, small):
     def metadata(repository):
         if repository == "org/pickled":
             raise errors.NotASafetensorsRepoError("no safetensors")
-        if repository != "org/small":
+        if repository not in ("org/small", "org/odd"):
             raise OSError(f"{repository} is not there")
         entries = open_folder(small).entries
         tensors = {name: types.SimpleNamespace(dtype=e.dtype, shape=list(e.shape)) for name, e in entries.items()}
+        if repository == "org/odd":
+            tensors["odd"] = types.SimpleNamespace(dtype="U3", shape=[8])
         return types.SimpleNamespace(files_metadata={"model.safetensors": types.SimpleNamespace(tensors=tensors)})
 
     def download(_, name):
@@ -360,7 +362,12 @@ def test_a_model_of_the_hub_is_planned_from_its_headers(hub, small, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("org/pickled", "has no safetensors"), ("org/unknown", "cannot be looked up on the Hub")]
+    ("name", "said"),
+    [
+        ("org/pickled", "has no safetensors"),
+        ("org/unknown", "cannot be looked up on the Hub"),
+        ("org/odd", "tensors of type U3"),
+    ],
 )
 def test_what_the_hub_has_not(name, said, hub, capsys):
     code, lines = refused(capsys, name, "--gpu", "4MB")
