@@ -6,6 +6,7 @@ import torch
 from typing_extensions import Self
 
 from apt_model.core.errors import InputError
+from apt_model.core.system.cuda import CudaDevice
 
 
 class Nothing:
@@ -56,7 +57,7 @@ class Lanes:
 
     def refuse_capture(self) -> None:
         """Raise `InputError` where what computes now is recorded as a CUDA graph, to be replayed without us."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cuda" and CudaDevice.is_capturing():
             raise InputError(
                 "a CUDA graph is recorded of blocks that a VGPUStack streams: replays would read slots to which nobody "
                 "brings the blocks' weights",

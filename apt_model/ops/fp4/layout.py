@@ -166,7 +166,8 @@ def unshuffle(order: Shuffled) -> PackedWeight:
             form.scale_dtype
         )
     else:
-        scale = (scale - (_MOVED_BY - torch.frexp(order.alpha[:1]).exponent)).to(torch.uint8)
+        exponent = torch.frexp(order.alpha[:1].to(scale.device)).exponent  # only words and scales may have moved
+        scale = (scale - (_MOVED_BY - exponent)).to(torch.uint8)
     scale = scale.view(torch.uint8)
     if order.gated:
         packed, scale = (take_turns_back(part, order.out_features) for part in (packed, scale))
