@@ -61,6 +61,7 @@ def tell_rates(rates: Rates, kept_in: str) -> None:
         ("link", f"{output.figure(rates.link_gbps, '.2f')} GB/s"),
         ("disk", f"{output.figure(rates.disk_gbps, '.2f')} GB/s"),
         ("memory", f"{output.figure(rates.memory_gbps, '.1f')} GB/s"),
+        ("RMSNorm and rotary", f"{output.figure(rates.chain_gbps, '.1f')} GB/s"),
         ("attention", f"{output.figure(rates.attention_tflops, '.3g')} TFLOP/s"),
         ("launch", f"{_microseconds(rates.launch_s)} us of the host for a kernel"),
         ("hook", f"{_microseconds(rates.hook_s)} us of the host for a streamed block"),

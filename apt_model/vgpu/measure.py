@@ -17,7 +17,7 @@ from apt_model.vgpu.memory import Memory
 from apt_model.vgpu.modules import tree_of
 from apt_model.vgpu.rates import Curve, Rates
 from apt_model.vgpu.units import MB, PAGE
-from apt_model.vgpu.work import Facts, work_of
+from apt_model.vgpu.work import Facts, chain_bytes, work_of
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Rows of x, and the side of a weight: of a large product, which a model's own come near to.
@@ -29,6 +29,7 @@ _TURNS_GPU, _TURNS_CPU = 256 * MB, 64 * MB
 _PROBE, _SECONDS_GPU, _SECONDS_CPU, _ROUNDS = 64 * MB, 0.15, 0.06, 5
 _HEADS, _HEAD_WIDTH, _LENGTH_GPU, _LENGTH_CPU = 16, 128, 4096, 256
 _TINY_WIDTH, _TINY_HEADS = 64, 4
+_CHAIN_WIDTH_GPU, _CHAIN_WIDTH_CPU, _CHAIN_COPIES = 4096, 512, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Probe:
     ) -> Curve:  # fmt: skip
         found = []
         for rows in _ROWS_GPU if self.real else _ROWS_CPU:
-            if rows > 1 and 2 * rows * side * dtype.itemsize > self.room // 4:
+            if rows > 1 and 2 * rows * side * dtype.itemsize > self.room // 3:
                 break
             x = torch.randn(rows, side, device=self.device.device).to(dtype)
 
@@ -120,6 +121,17 @@ class Probe:
         target = torch.empty_like(source)
         return 2 * size / self.time(lambda: target.copy_(source)) / 1e9
 
+    def chains(self, dtype: torch.dtype) -> float:
+        """Of RMSNorm and rotary embedding as transformers writes them, by the bytes that are counted: GB/s."""
+        width = _CHAIN_WIDTH_GPU if self.real else _CHAIN_WIDTH_CPU
+        rows = max(1, min(width, self.room // (_CHAIN_COPIES * 4 * width)))
+        norm = _Norm(width).to(self.device.device, dtype)
+        x = torch.randn(1, rows, width, device=self.device.device).to(dtype)
+        heads = x.view(1, rows, -1, _TINY_WIDTH).transpose(1, 2)
+        turn = torch.zeros(rows, _TINY_WIDTH, device=self.device.device, dtype=dtype)
+        counted = rows * width * chain_bytes(dtype.itemsize)
+        return counted / self.time(lambda: (norm(x), _rotated(heads, turn, turn))) / 1e9
+
     def launch(self, dtype: torch.dtype) -> float:
         """Seconds of the host for a kernel, Python around it included: of a tiny block, counted as others are."""
         block = _Tiny().to(self.device.device, dtype)
@@ -134,9 +146,9 @@ def _next_product(linear: Callable[..., Tensor], x: Tensor, weights: Iterator[ob
 
 
 class _Norm(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(_TINY_WIDTH))
+        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.float32)
@@ -149,7 +161,7 @@ class _Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = _Norm(), _Norm()
+        self.input_layernorm, self.post_attention_layernorm = _Norm(_TINY_WIDTH), _Norm(_TINY_WIDTH)
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         self.linear = nn.ModuleDict({name: nn.Linear(_TINY_WIDTH, _TINY_WIDTH, bias=False) for name in names})
 
@@ -190,6 +202,7 @@ def rates_of(
             device=f"{device.name()}, torch {torch.__version__}",
             kind="gpu" if probe.real else "cpu",
             memory_gbps=probe.memory(),
+            chain_gbps=probe.chains(known[0]),
             products={name: probe.products(DTYPES[name]) for name in dtypes if name in DTYPES},
             fp4_products=probe.fp4_products(known[0]) if fp4 else (),
             attention_tflops=probe.attention(known[0]),

@@ -42,6 +42,8 @@ class Rates:
     """From the disk to host memory, GB/s."""
     memory_gbps: float | None = None
     """Of level 1's memory, read and written, GB/s."""
+    chain_gbps: float | None = None
+    """Of elementwise kernels in a row that convert and reduce (RMSNorm, rotary embeddings), GB/s; None: as memory."""
     products: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
     """Of a linear layer, by its type ('BF16')."""
     fp4_products: Curve = ()
@@ -56,7 +58,7 @@ class Rates:
     def __post_init__(self) -> None:
         """Raise `ConfigError` for the first value that is none."""
         require(self.kind in ("gpu", "cpu"), "rates: kind", "'gpu' or 'cpu'", self.kind)
-        for name in ("link_gbps", "disk_gbps", "memory_gbps", "attention_tflops", "launch_s", "hook_s"):
+        for name in ("link_gbps", "disk_gbps", "memory_gbps", "chain_gbps", "attention_tflops", "launch_s", "hook_s"):
             value = getattr(self, name)
             least = "a number above 0" if name != "hook_s" else "a number from 0 on"
             require(

@@ -65,6 +65,8 @@ class Work(NamedTuple):
     """Width of all heads, and whether it is causal."""
     traffic: float
     """Bytes that elementwise kernels read and write, of one token."""
+    chained: float
+    """Those of RMSNorm and rotary embeddings, several kernels in a row with conversions and reductions between."""
     launches: int
     nbytes: int
     """Of its weights."""
@@ -100,7 +102,7 @@ def _number(config: Mapping[str, Any], *names: str) -> int | None:
 def work_of(node: Node, facts: Facts, element: int) -> Work:
     """What a forward of `node` computes; `element`: bytes of an activation's element."""
     products, attention = [], []
-    traffic, launches = 0.0, 0
+    traffic, chained, launches = 0.0, 0.0, 0
 
     def count(kind: tuple[int, int], width: int) -> None:
         nonlocal traffic, launches
@@ -124,7 +126,8 @@ def work_of(node: Node, facts: Facts, element: int) -> Work:
                     launches += _SDPA
                     count(_COPY, width)
                 if facts.rotary and (_QUERY.match(name) or _KEY.match(name)):
-                    count(_ROTATED, out)
+                    launches += _ROTATED[0]
+                    chained += out * _ROTATED[1] * element
                 if _WIDENS.match(name):
                     _activated(name, out, facts, count)
             elif len(held.shape) == 1 and held.name == "weight":
@@ -133,8 +136,17 @@ def work_of(node: Node, facts: Facts, element: int) -> Work:
                     count(_LAYER_NORM, held.shape[0])
                 else:
                     launches += _RMS_LAUNCHES
-                    traffic += held.shape[0] * (_RMS_BYTES_HALF if element < 4 else _RMS_BYTES)
-    return Work(tuple(products), tuple(attention), traffic, launches, node.nbytes)
+                    chained += held.shape[0] * _rms_bytes(element)
+    return Work(tuple(products), tuple(attention), traffic, chained, launches, node.nbytes)
+
+
+def chain_bytes(element: int) -> int:
+    """What is counted, of each number, of an RMSNorm and a rotary embedding."""
+    return _rms_bytes(element) + _ROTATED[1] * element
+
+
+def _rms_bytes(element: int) -> int:
+    return _RMS_BYTES_HALF if element < 4 else _RMS_BYTES
 
 
 def _activated(name: str, out: int, facts: Facts, count: Any) -> None:
@@ -180,5 +192,6 @@ def seconds(work: Work, tokens: int, length: int, rates: Rates, top_k: int) -> t
         if rates.attention_tflops:
             taken += (2 if causal else 4) * tokens * length * width / (rates.attention_tflops * 1e12)
     if rates.memory_gbps:
-        taken += work.traffic * tokens / (rates.memory_gbps * 1e9)
+        chains = rates.chain_gbps or rates.memory_gbps
+        taken += (work.traffic / rates.memory_gbps + work.chained / chains) * tokens / 1e9
     return taken, work.launches * (rates.launch_s or 0.0)

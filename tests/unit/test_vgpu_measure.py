@@ -1,5 +1,7 @@
 """Rates of the machine that runs this: all that there are, in the memory that was given, and nothing left behind."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from apt_model.vgpu import machine, measure
 from apt_model.vgpu.headers import outline
 from apt_model.vgpu.rates import UNKNOWN, Rates
 from apt_model.vgpu.saved_names import Saved
-from apt_model.vgpu.work import Facts, facts_of, seconds, work_of
+from apt_model.vgpu.work import Facts, chain_bytes, facts_of, seconds, work_of
 
 CPU = get_device_manager("cpu")
 
@@ -29,7 +31,9 @@ def test_all_rates_of_a_machine(tmp_path):
     assert list(found.products) == ["F32"]
     assert [rows for rows, _ in found.products["F32"]] == [1, 16]
     assert len(found.fp4_products) == 2
-    rates = (found.link_gbps, found.disk_gbps, found.memory_gbps, found.attention_tflops, found.launch_s)
+    rates = (
+        found.link_gbps, found.disk_gbps, found.memory_gbps, found.chain_gbps, found.attention_tflops, found.launch_s
+    )  # fmt: skip
     assert all(rate > 0 for rate in rates)
     assert found.hook_s >= 0
     assert not list((tmp_path / "disk").glob("*.blob"))
@@ -55,7 +59,7 @@ def test_a_tiny_block_counts_as_one_of_llamas():
     tensors |= {f"{name}.weight": Saved("F32", (64,)) for name in ("input_layernorm", "post_attention_layernorm")}
     theirs = work_of(outline(tensors, {}).root, Facts(rotary=True), 4)
     mine = work_of(measure.tree_of(measure._Tiny()), Facts(rotary=True), 4)
-    assert (mine.launches, mine.traffic) == (theirs.launches, theirs.traffic)
+    assert (mine.launches, mine.traffic, mine.chained) == (theirs.launches, theirs.traffic, theirs.chained)
     # Seven products, two norms of six kernels and a sum, two rotations of five, attention and its copy, a gate of two.
     assert mine.launches == 7 + 2 * (6 + 1) + 2 * 5 + 3 + 1 + 2
 
@@ -89,9 +93,18 @@ def test_experts_are_read_as_far_as_tokens_meet_them():
     work = work_of(outline(tensors, {}).root, Facts(top_k=2), 4)
     nbytes = 4 * (8 * 32 * 16 + 8 * 16 * 16)
     machine_ = Rates(products={"F32": ((1, 1e6),)}, memory_gbps=1.0)
-    quiet = work._replace(traffic=0.0)
+    quiet = work._replace(traffic=0.0, chained=0.0)
     assert seconds(quiet, 1, 1, machine_, 2)[0] == pytest.approx(nbytes / 1e9 * (1 - (7 / 8) ** 2))
     assert seconds(quiet, 10**4, 1, machine_, 2)[0] == pytest.approx(nbytes / 1e9)
+
+
+def test_norms_and_rotary_embeddings_have_a_rate_of_their_own():
+    tensors = {"norm.weight": Saved("F32", (64,)), "q_proj.weight": Saved("F32", (64, 64))}
+    work = work_of(outline(tensors, {}).root, Facts(rotary=True), 4)
+    assert work.chained == 64 * chain_bytes(4)
+    slow = dataclasses.replace(MACHINE, chain_gbps=0.5)
+    more = seconds(work, 10, 1, slow, 1)[0] - seconds(work, 10, 1, MACHINE, 1)[0]
+    assert more == pytest.approx(10 * work.chained / 1e9)
 
 
 def test_of_weights_that_others_quantised_no_time_is_said():
