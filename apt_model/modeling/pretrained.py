@@ -36,8 +36,9 @@ def load_model(
     cls: type["APTModel"], directory: Path, *, device: torch.device, dtype: torch.dtype | None
 ) -> "APTModel":
     """Build the model that `directory` describes and give it the weights there."""
+    config = APTModelConfiguration.load(directory)
     tensors = read_tensors(directory / WEIGHTS_FILE)
-    model = _on_meta(cls, directory, {name: tensor.dtype for name, tensor in tensors.items()})
+    model = _on_meta(cls, config, directory, {name: tensor.dtype for name, tensor in tensors.items()})
     check_tensors(model.state_dict(), tensors, directory / WEIGHTS_FILE)
     model.load_state_dict(tensors, assign=True)
     model.rotary.fill(model.embedding.weight.device)
@@ -47,8 +48,9 @@ def load_model(
 
 def model_without_values(cls: type["APTModel"], directory: Path) -> "APTModel":
     """Build the model that `directory` describes, with its parameters on meta, in the types of the file."""
+    config = APTModelConfiguration.load(directory)
     kinds = {name: DTYPES[entry.dtype] for name, entry in read_header(directory / WEIGHTS_FILE).entries.items()}
-    model = _on_meta(cls, directory, kinds)
+    model = _on_meta(cls, config, directory, kinds)
     for name, parameter in model.named_parameters():
         if parameter.dtype != kinds.get(name, parameter.dtype):
             parameter.data = parameter.data.to(kinds[name])
@@ -57,10 +59,12 @@ def model_without_values(cls: type["APTModel"], directory: Path) -> "APTModel":
     return model.eval()
 
 
-def _on_meta(cls: type["APTModel"], directory: Path, kinds: dict[str, torch.dtype]) -> "APTModel":
+def _on_meta(
+    cls: type["APTModel"], config: APTModelConfiguration, directory: Path, kinds: dict[str, torch.dtype]
+) -> "APTModel":
     """The model with the layers that tensors of these names and types are for."""
     with torch.device("meta"):
-        model = cls(APTModelConfiguration.load(directory))
+        model = cls(config)
     swap_layers(model, kinds, directory, kinds.get("embedding.weight", torch.get_default_dtype()))
     return model
 

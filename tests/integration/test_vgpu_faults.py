@@ -438,13 +438,13 @@ def test_no_thread_file_or_folder_stays(layout):
         stack.attach(model)
         model(X)
         folder = stack._memory.store.folder if stack._memory.store is not None else None
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     assert len(list(Path("/proc/self/fd").iterdir())) <= opened
     assert folder is None or not folder.exists()
     # Also where attaching fails.
     with pytest.raises(CapacityError), VGPUStack(config(layout, share=0.0001)) as stack:
         stack.attach(model)
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_one_stack_a_folder(tmp_path):

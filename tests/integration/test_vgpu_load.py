@@ -97,8 +97,11 @@ def digest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("packed", [None, "nvfp4", "mxfp4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "packed"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "nvfp4"), (torch.bfloat16, "mxfp4")],
+    ids=str,
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_as_loaded_whole(saved, name, dtype, packed):
     folder = saved(name, dtype)
