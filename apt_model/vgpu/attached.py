@@ -120,7 +120,7 @@ class Attached:
         if not sources:
             return
         streamed = {i: self.blobs[i] for i in sources}
-        self.places = Places(places, self._stages, sources, self._memory)
+        self.places = Places(places, self._stages, sources, self._memory, self.layout.policy)
         needs = [[blob for blob in need if blob in sources] for need in self.layout.needs]
         self.streaming = Streaming(self.model, self.layout.windows, needs, streamed, places=self.places, home=self)
 

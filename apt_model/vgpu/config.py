@@ -7,6 +7,7 @@ from typing import Any
 
 from apt_model.core.errors import ConfigError
 from apt_model.core.options import require, unknown_name
+from apt_model.vgpu.policy import CYCLIC, POLICIES
 from apt_model.vgpu.units import MB
 
 DISK, HOST = "ssd", "cpu"
@@ -54,10 +55,15 @@ class VGPUConfig:
     Args:
         levels: the first computes; below an accelerator comes "cpu", and "ssd" comes last. "cpu" may be the first.
         slots: places on level 1 that streamed blocks pass through; fewer where the capacity holds no more.
+        policy: "cyclic" for blocks that come in an order which repeats: some stay on level 1, and the others are
+            brought ahead of their use. "lru" and "frequency" for an order that cannot be foreseen (experts, adapters):
+            nothing is brought ahead, level 1 is all slots, at least `slots`, in which blocks stay until others need
+            the room, those used longest ago or least often first; lists of modules within blocks are taken apart.
     """
 
     levels: tuple[LevelConfig, ...]
     slots: int = 3
+    policy: str = CYCLIC
 
     def __post_init__(self) -> None:
         kinds = [level.device for level in self.levels]
@@ -75,6 +81,7 @@ class VGPUConfig:
         require(
             isinstance(self.slots, int) and self.slots > 0, "VGPUStack: slots", "a whole number above 0", self.slots
         )
+        require(self.policy in POLICIES, "VGPUStack: policy", " or ".join(map(repr, POLICIES)), self.policy)
 
     @classmethod
     def of(cls, config: "VGPUConfig | Mapping[str, Any]") -> "VGPUConfig":

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from apt_model.core.errors import CapacityError
 from apt_model.vgpu.planner import DEVICE, Blob, Capacities, Plan, plan
+from apt_model.vgpu.policy import CYCLIC
 from apt_model.vgpu.tree import Node, Stored
 from apt_model.vgpu.units import padded
 from apt_model.vgpu.windows import Found, Window, find
@@ -37,8 +38,10 @@ class Layout:
     """A model taken apart to fit, and the plan for it."""
 
     def __init__(
-        self, found: Found, buffers: int, capacities: Capacities, slots: int, in_files: Callable[[Packing], bool]
-    ) -> None:
+        self, found: Found, buffers: int, capacities: Capacities, slots: int, in_files: Callable[[Packing], bool], *,
+        policy: str,
+    ) -> None:  # fmt: skip
+        self.policy = policy
         self.found = found
         self.windows: list[Window] = found.windows
         self.blobs: list[Packing] = []
@@ -61,7 +64,7 @@ class Layout:
         always = self.buffers + (padded(self.loose.nbytes) if found.loose else 0)
         self.plan: Plan = plan(
             [Blob(name=each.name, nbytes=each.nbytes, in_files=in_files(each)) for each in self.blobs], capacities,
-            always=always, slots=slots, at_once=max(map(len, self.needs), default=1),
+            always=always, slots=slots, at_once=max(map(len, self.needs), default=1), cached=policy != CYCLIC,
         )  # fmt: skip
 
     @property
@@ -76,7 +79,7 @@ class Layout:
 
 def lay_out(
     root: Node, buffers: int, capacities: Capacities, slots: int,
-    in_files: Callable[[Packing], bool] = lambda _: False,
+    in_files: Callable[[Packing], bool] = lambda _: False, *, policy: str = CYCLIC,
 ) -> Layout:  # fmt: skip
     """Take a model apart into the largest blocks with which all slots fit; `CapacityError` where none do.
 
@@ -86,6 +89,7 @@ def lay_out(
         capacities: of the levels.
         slots: places on level 1 that are asked for.
         in_files: whether a blob's bytes lie in files already.
+        policy: as `VGPUConfig` has it.
     """
     room = capacities.device
     total = sum(each.nbytes for each in find(root, 0).stored)
@@ -94,14 +98,14 @@ def lay_out(
     fault: CapacityError | None = None
     before: list[Node] | None = None
     for _ in range(_HALVINGS):
-        found = find(root, limit)
+        found = find(root, limit, inner=policy != CYCLIC)
         limit //= 2
         nodes = [window.node for window in found.windows]
         if nodes == before:  # as before: nothing can be taken apart further
             continue
         before = nodes
         try:
-            layout = Layout(found, buffers, capacities, slots, in_files)
+            layout = Layout(found, buffers, capacities, slots, in_files, policy=policy)
         except CapacityError as error:
             fault = error
         else:

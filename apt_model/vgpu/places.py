@@ -15,6 +15,7 @@ from apt_model.vgpu.disk_files import ReadHandle
 from apt_model.vgpu.lanes import Lanes
 from apt_model.vgpu.level import Level
 from apt_model.vgpu.memory import Memory
+from apt_model.vgpu.policy import CYCLIC, Usage
 from apt_model.vgpu.traffic import Span
 
 # Seconds below which the device is not said to have waited: two events and a wait that has nothing to wait for.
@@ -58,18 +59,24 @@ class Places:
     Not for several threads at once: the caller holds a lock.
     """
 
-    def __init__(self, slots: list[Tensor], stages: list[Tensor], sources: dict[int, Source], memory: Memory) -> None:
+    def __init__(
+        self, slots: list[Tensor], stages: list[Tensor], sources: dict[int, Source], memory: Memory,
+        policy: str = CYCLIC,
+    ) -> None:  # fmt: skip
         lanes = self.lanes = memory.lanes
         self._sources, self._level, self._store = sources, memory.first, memory.store
         self._below, self._clock = memory.host, memory.clock
         self.all = [Place(each, lanes) for each in slots]
         self._stages = [Stage(each, lanes) for each in stages]
         self.where: dict[int, Place] = {}
+        self._usage = None if policy == CYCLIC else Usage(policy)
         self.overwritten: Callable[[Place], None] = lambda _: None  # told before a place's content goes
 
     def hold(self, blob: int, ahead: Iterable[int]) -> Place:
         """A blob's place, from which it does not go until `let`; whoever computes next waits for it on the device."""
         self.lanes.refuse_capture()
+        if self._usage is not None:
+            self._usage.used(blob)
         place = self.where.get(blob)
         there = place is not None
         # Where the host may have to wait, the device's wait begins before that; else the host's own work is none.
@@ -93,6 +100,11 @@ class Places:
             self._waited(self._sources[blob].name, there, threading.get_ident(), waited)
         return place
 
+    @property
+    def foresees(self) -> bool:
+        """Whether blobs are brought ahead of their use."""
+        return self._usage is None
+
     def let(self, place: Place) -> None:
         """End a `hold`; what computes up to here may still read it."""
         place.pins -= 1
@@ -102,6 +114,8 @@ class Places:
     def bring(self, ahead: Iterable[int]) -> None:
         """Begin to bring what comes next, as far as there is room; `ahead` are different blobs in order."""
         self._pump()
+        if not self.foresees:
+            return
         idle = [place for place in self.all if place.pins == 0]
         wanted: list[int] = []
         deeper = len(idle) + len(self._stages)
@@ -172,6 +186,9 @@ class Places:
                 f"all {len(self.all)} slots of level 1 are in use by blocks that run now, and one more block is needed",
                 remedy="give level 1 more, or the stack more slots",
             )
+        usage = self._usage
+        if usage is not None:
+            return min(idle, key=lambda place: (place.blob >= 0, usage.worth(place.blob)))
         return min(idle, key=lambda place: (place.blob >= 0, place.blob in ahead))
 
     def _start(self, blob: int, place: Place) -> None:

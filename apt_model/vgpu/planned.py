@@ -13,6 +13,7 @@ from apt_model.vgpu.layout import Layout
 from apt_model.vgpu.measure import disk_gbps, link_gbps, rates_of
 from apt_model.vgpu.memory import Memory
 from apt_model.vgpu.planner import DISK
+from apt_model.vgpu.policy import CYCLIC
 from apt_model.vgpu.rates import Rates
 from apt_model.vgpu.report import Report, report
 from apt_model.vgpu.tree import Held
@@ -27,7 +28,7 @@ def planned_report(model: nn.Module, layout: Layout, memory: Memory, *, tokens: 
     """What `layout` means on the levels of `memory`, at the rates that are configured, kept or measured now."""
     dtypes = _dtypes(layout)
     levels = [None if each is None else (each.config.device, each.capacity) for each in _three(memory)]
-    found = _rates(layout, memory, dtypes)
+    found = _rates(layout, memory, dtypes) if layout.policy == CYCLIC else Rates()
     element = _BYTES[dtypes[0]]
     return report(
         layout, levels, facts_of(_config(model)), found, tokens=tokens, length=length, element=element

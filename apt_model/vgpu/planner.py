@@ -68,7 +68,7 @@ class Plan:
 
 def plan(
     blobs: Sequence[Blob], capacities: Capacities, *, always: int = 0, slots: int = 3, at_once: int = 1,
-    staging: int = 3,
+    staging: int = 3, cached: bool = False,
 ) -> Plan:  # fmt: skip
     """Place `blobs` within `capacities`.
 
@@ -79,6 +79,7 @@ def plan(
         slots: places on level 1 for what is streamed; fewer where there is no room, but not below `at_once`.
         at_once: most blobs that one block needs at the same time.
         staging: places in host memory for what comes from the disk; fewer where there is no room.
+        cached: whether level 1 is all slots, at least `slots` where there is room, in place of residents.
 
     Raises:
         CapacityError: a level is too small; says the least that would do.
@@ -89,7 +90,9 @@ def plan(
     fault: CapacityError | None = None
     for fewer in range(max(slots, at_once), at_once - 1, -1):  # each leaves more residents, and less for levels below
         try:
-            return _streamed(blobs, sizes, capacities, always=always, slots=fewer, at_once=at_once, staging=staging)
+            return _streamed(
+                blobs, sizes, capacities, always=always, slots=fewer, at_once=at_once, staging=staging, cached=cached
+            )  # fmt: skip
         except CapacityError as error:  # noqa: PERF203 - of a few slots
             fault = error
     assert fault is not None
@@ -101,10 +104,12 @@ def plan(
 
 def _streamed(
     blobs: Sequence[Blob], sizes: list[int], capacities: Capacities, *, always: int, slots: int, at_once: int,
-    staging: int,
+    staging: int, cached: bool,
 ) -> Plan:  # fmt: skip
     """A plan in which not everything stays on level 1."""
-    homes, count, slot = _residents(blobs, sizes, capacities, always=always, slots=slots, at_once=at_once)
+    homes, count, slot = _residents(
+        blobs, sizes, capacities, always=always, slots=slots, at_once=at_once, cached=cached
+    )
     streamed = [i for i, home in enumerate(homes) if home != DEVICE]
     need = sum(sizes[i] for i in streamed)
     on_disk, places = streamed, 0
@@ -132,8 +137,9 @@ def _streamed(
 
 
 def _residents(
-    blobs: Sequence[Blob], sizes: list[int], capacities: Capacities, *, always: int, slots: int, at_once: int
-) -> tuple[list[int], int, int]:
+    blobs: Sequence[Blob], sizes: list[int], capacities: Capacities, *, always: int, slots: int, at_once: int,
+    cached: bool,
+) -> tuple[list[int], int, int]:  # fmt: skip
     """Homes (DEVICE or HOST), how many slots there are, and their size."""
     capacity = capacities.device
     largest = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
@@ -172,6 +178,8 @@ def _residents(
             homes[i] = DEVICE
             left -= sizes[i]
     others = [i for i in range(len(sizes)) if homes[i] != DEVICE]
+    if cached:
+        return homes, min(count + (left // slot if slot else 0), len(others)), slot
     for i in spread(others, sizes, left):
         homes[i] = DEVICE
     return homes, count, slot

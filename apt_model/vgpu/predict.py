@@ -31,6 +31,11 @@ class Prediction:
     """Tokens a pass from which streaming takes at most 1.15 of what compute takes; None where nothing waits."""
 
 
+UNKNOWN = Prediction(
+    pass_s=None, compute_s=None, link_s=None, disk_s=None, bound=None, tokens_for_slow_down=None
+)  # fmt: skip
+
+
 class Forecast:
     """Predicts passes of one layout.
 

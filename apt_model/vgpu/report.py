@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from apt_model.vgpu.layout import Layout
-from apt_model.vgpu.predict import SLOWER, Forecast
+from apt_model.vgpu.policy import CYCLIC
+from apt_model.vgpu.predict import SLOWER, UNKNOWN, Forecast
 from apt_model.vgpu.rates import Rates
 from apt_model.vgpu.units import MB
 from apt_model.vgpu.work import Facts
@@ -31,6 +32,8 @@ class Report:
     """'compute', 'link' or 'disk': the slowest."""
     tokens_for_slow_down: int | None
     """Tokens a pass from which it takes at most 1.15 of what compute alone takes."""
+    foreseen: bool = True
+    """Whether blocks come in an order that repeats; else no time can be said."""
 
     def __str__(self) -> str:
         lines = [f"{'level':<8} {'capacity MB':>12} {'planned MB':>12} {'blocks':>7}"]
@@ -38,10 +41,14 @@ class Report:
             f"{each['device']:<8} {each['capacity_mb']:>12,.1f} {each['planned_mb']:>12,.1f} {each['blocks']:>7}"
             for each in self.levels
         ]
-        lines.append(f"{self.streamed_mb:,.1f} MB a pass through {self.slots} slots")
+        lines.append(
+            f"{self.streamed_mb:,.1f} MB {'a pass' if self.foreseen else 'at most'} through {self.slots} slots"
+        )
         parts = {"compute": self.compute_s, "link": self.link_s, "disk": self.disk_s}
         shown = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts.items() if seconds is not None)
-        if self.pass_s is None:
+        if not self.foreseen:
+            lines.append("blocks come in an order that is not known: no time is said")
+        elif self.pass_s is None:
             lines.append(f"{self.tokens} tokens: not all rates are known ({shown or 'none'})")
         else:
             lines.append(f"{self.tokens} tokens: {self.pass_s:.3g} s a pass, bound by {self.bound} ({shown})")
@@ -77,11 +84,13 @@ def report(
         for number, level in enumerate(levels)
         if level is not None
     ]
-    said = Forecast(layout, facts, rates, element).predict(tokens, length)
+    foreseen = layout.policy == CYCLIC  # else how many blocks come from below depends on what is asked for
+    said = Forecast(layout, facts, rates, element).predict(tokens, length) if foreseen else UNKNOWN
     return Report(
         levels=rows,
         slots=plan.slots,
         streamed_mb=plan.streamed_bytes / MB,
         tokens=tokens,
+        foreseen=foreseen,
         **dataclasses.asdict(said),
     )

@@ -285,22 +285,22 @@ class VGPUStack:
 
     def _layout(self, model: nn.Module, hollow: Hollow | None = None) -> Layout:
         tree, buffers, capacities = tree_of(model), buffer_bytes(model), self._memory.capacities()
-        store = self._memory.store
+        store, slots, policy = self._memory.store, self.config.slots, self.config.policy
         if hollow is None or store is None:
-            return lay_out(tree, buffers, capacities, self.config.slots)
+            return lay_out(tree, buffers, capacities, slots, policy=policy)
 
         def in_files(blob: Packing) -> bool:
             return hollow.pieces(blob) is not None
 
-        layout = lay_out(tree, buffers, capacities, self.config.slots, in_files)
+        layout = lay_out(tree, buffers, capacities, slots, in_files, policy=policy)
         if any(in_files(layout.blobs[i]) for i, home in enumerate(layout.plan.homes) if home == DISK):
             room = capacities.device if capacities.host is None else capacities.host
             chunk = store.chunk_within(room // _OF_SPARE, max(each.nbytes for each in tree.stored))
             spare = store.spare_for(chunk)
             try:
-                layout = lay_out(tree, buffers, capacities.without(spare), self.config.slots, in_files)
+                layout = lay_out(tree, buffers, capacities.without(spare), slots, in_files, policy=policy)
             except CapacityError:  # no room to read them through: the disk level holds a copy
-                return lay_out(tree, buffers, capacities, self.config.slots)
+                return lay_out(tree, buffers, capacities, slots, policy=policy)
             layout.chunk, layout.spare = chunk, spare
         return layout
 

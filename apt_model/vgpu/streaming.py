@@ -284,7 +284,7 @@ class Streaming:
                     torch.autograd.graph.increment_version(seen.parameter)
 
     def _warn(self, window: int) -> None:
-        if not self._warned and len(self._places.where) == len(self._places.all):
+        if self._places.foresees and not self._warned and len(self._places.where) == len(self._places.all):
             self._warned = True
             LOG.warning(
                 "block %s came unexpectedly and is fetched on demand: the order of blocks is learned anew",

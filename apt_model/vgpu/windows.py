@@ -39,16 +39,16 @@ class Found:
     """How many windows have each."""
 
 
-def find(root: Node, limit: int) -> Found:
+def find(root: Node, limit: int, *, inner: bool = False) -> Found:
     """Take a model apart into blocks of at most `limit` bytes, where its modules allow it.
 
     Blocks are the elements of the outermost lists of modules, and modules that hold no list; those that are larger than
-    `limit` are taken apart in turn.
+    `limit` are taken apart in turn. With `inner` blocks are the elements of the innermost lists.
     """
     windows: list[Window] = []
     loose: dict[Stored, None] = {}
     seen: set[int] = set()
-    for node, around in _units(root, limit, inside=False):
+    for node, around in _units(root, limit, inside=False, inner=inner):
         if around is not None:
             loose |= dict.fromkeys(around)
         elif id(node) not in seen:
@@ -61,13 +61,13 @@ def find(root: Node, limit: int) -> Found:
     return Found([window for window in windows if window.stored], list(users), list(loose), users)
 
 
-def _units(node: Node, limit: int, *, inside: bool) -> Iterator[tuple[Node, list[Stored] | None]]:
+def _units(node: Node, limit: int, *, inside: bool, inner: bool) -> Iterator[tuple[Node, list[Stored] | None]]:
     """Windows, with None; and modules around them, with what they hold themselves."""
-    whole = inside or not node.has_list
+    whole = not node.has_list or (inside and not inner)
     if not node.is_list and whole and (node.nbytes <= limit or not node.children):
         yield node, None
         return
     if node.own:
         yield node, [held.stored for held in node.own]
     for child in node.children:
-        yield from _units(child, limit, inside=inside or node.is_list)
+        yield from _units(child, limit, inside=inside or node.is_list, inner=inner)

@@ -125,6 +125,7 @@ class Case:
         shares = {"cpu": (0.02, 0.6 if "ssd" in self.below else 1.5), "ssd": (0.3, 2)}
         self.sizes = [self.size(0.02, 0.9 if self.below else 1.5), *(self.size(*shares[kind]) for kind in self.below)]
         self.slots = self.chance.choice([1, 2, 3, 3, 5])
+        self.policy = self.chance.choice(["cyclic", "cyclic", "lru", "frequency"])
         self.keys = {}
         self.kept = []
         self.stack = None
@@ -135,13 +136,13 @@ class Case:
     def start(self):
         levels = [{"capacity_mb": size / MB, "device": kind}
                   for size, kind in zip(self.sizes, ["cpu", *self.below], strict=True)]  # fmt: skip
-        self.stack = VGPUStack({"levels": levels, "slots": self.slots})
+        self.stack = VGPUStack({"levels": levels, "slots": self.slots, "policy": self.policy})
 
     def story(self):
         """What to run again, and what it does."""
         return "\n  ".join((
             f"again: APT_FUZZ_CASES={self.seed}:{self.seed + 1} pytest {Path(__file__).name}",
-            f"levels {['cpu', *self.below]} of {self.sizes} bytes, {self.slots} slots", *self.steps,
+            f"levels {['cpu', *self.below]} of {self.sizes} bytes, {self.slots} slots, {self.policy}", *self.steps,
         ))  # fmt: skip
 
     # --- attaching
