@@ -1,9 +1,7 @@
 """The SSD as a level of memory: blobs under keys in files of one folder, read straight into the caller's memory."""
 
-import fcntl
 import logging
 import os
-import shutil
 import tempfile
 import threading
 import weakref
@@ -21,13 +19,16 @@ from apt_model.vgpu.disk_files import (
     DirectFile,
     ReadHandle,
     Threads,
+    allocate,
     bytes_of,
     fault,
     lock_folder,
+    release_folder,
     remove,
+    sync,
 )
 from apt_model.vgpu.disk_foreign import Foreign, OpenForeign, Piece
-from apt_model.vgpu.disk_index import AGAIN, FILE_NAME, Blob, changed, read_index, write_index
+from apt_model.vgpu.disk_index import FILE_NAME, Blob, changed, compare, read_index, write_index
 from apt_model.vgpu.traffic import Arrival, Traffic
 from apt_model.vgpu.units import PAGE, padded
 
@@ -75,7 +76,7 @@ class DiskStore:
         except OSError as error:
             raise StorageError(f"{folder or tempfile.gettempdir()} cannot hold a store: {error}") from error
         # Not bound to the store, which it would keep alive.
-        self._release = weakref.finalize(self, _release, held, None if self._kept else self.folder, os.getpid())
+        self._release = weakref.finalize(self, release_folder, held, None if self._kept else self.folder, os.getpid())
         try:
             self._blobs = self._open()
             self._foreign: dict[str, Foreign] = {}
@@ -295,7 +296,7 @@ class DiskStore:
     def _write_file(self, key: str, path: Path, view: memoryview) -> Blob:
         blob = Blob(path.name, len(view), 0, self.chunk, [0] * -(-len(view) // self.chunk))
         try:
-            _allocate(path, padded(len(view)))
+            allocate(path, padded(len(view)))
             file = DirectFile(path, os.O_RDWR)
         except OSError as error:
             raise fault(key, path, 0, error) from error
@@ -342,14 +343,14 @@ class DiskStore:
         def serve(offset: int) -> None:
             assert file is not None
             size = min(blob.chunk, blob.nbytes - offset)
-            compare = partial(_compare, blob.sums[offset // blob.chunk], key, path, offset)
+            judge = partial(compare, blob.sums[offset // blob.chunk], key, path, offset)
             if view is None:
-                file.check(size, offset, compare)
+                file.check(size, offset, judge)
                 return
             piece = view[offset : offset + size]
             file.read(piece, offset)
             if verify:
-                compare(piece)
+                judge(piece)
 
         handle = ReadHandle(key, path, partial(_read_ended, file, arrival, told))
         if failure is not None:
@@ -362,6 +363,7 @@ class DiskStore:
             raise InputError(f"blob {key!r} has {blob.nbytes} bytes, and out has room for {len(view)}")
         with self._lock:
             self._check_open()
+            self._readers = self._pool("read", self._readers)
             arrival = self.reads.start(key, blob.nbytes)
         try:
             file = blob.open()
@@ -396,11 +398,7 @@ class DiskStore:
             return
         path = self.folder / blob.file
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(path)
         except OSError as error:
             if self._blobs.get(key) is blob:  # else it was replaced or deleted meanwhile
                 raise fault(key, path, 0, error) from error
@@ -427,33 +425,3 @@ def _read_ended(
         told(error)
     if file is not None:
         file.close()
-
-
-def _compare(expected: int, key: str, path: Path, offset: int, piece: memoryview) -> None:
-    found = zlib.crc32(piece)
-    if found != expected:
-        raise StorageError(
-            f"blob {key!r} in {path}: the {len(piece)} bytes from offset {offset} on are altered: checksum "
-            f"{found:08x}, and {expected:08x} was written",
-            remedy=AGAIN,
-        )
-
-
-def _allocate(path: Path, size: int) -> None:
-    """A new file with room on the disk, so that a full disk shows before anything is written."""
-    # Not O_DIRECT: where the file system cannot allocate, the C library writes a byte a block instead.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        if size:
-            os.posix_fallocate(descriptor, 0, size)
-    finally:
-        os.close(descriptor)
-
-
-def _release(lock: int, folder: Path | None, owner: int) -> None:
-    if os.getpid() != owner:  # a fork's copy of the store: the folder is its parent's
-        return
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-    fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone leaves it to a fork that has the descriptor too
-    os.close(lock)

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import mmap
 import os
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -286,6 +287,36 @@ def lock_folder(folder: Path) -> int:
             remedy="close that store, end that process, or give another folder",
         ) from error
     return descriptor
+
+
+def release_folder(lock: int, folder: Path | None, owner: int) -> None:
+    """Undo `lock_folder`, and remove a folder that was temporary."""
+    if os.getpid() != owner:  # a fork's copy of the store: the folder is its parent's
+        return
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone leaves it to a fork that has the descriptor too
+    os.close(lock)
+
+
+def allocate(path: Path, size: int) -> None:
+    """A new file with room on the disk, so that a full disk shows before anything is written."""
+    # Not O_DIRECT: where the file system cannot allocate, the C library writes a byte a block instead.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        if size:
+            os.posix_fallocate(descriptor, 0, size)
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold the file for good."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

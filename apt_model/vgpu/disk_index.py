@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,14 @@ def _read_entry(fields: dict[str, Any]) -> Blob:
     if not right or blob.chunk % PAGE or not blob.chunk or len(blob.offsets) != len(blob.sums):
         raise ValueError(f"the entry of {blob.file!r} contradicts itself")
     return blob
+
+
+def compare(expected: int, key: str, path: Path, offset: int, piece: memoryview) -> None:
+    """Raise where a chunk is not what was written."""
+    found = zlib.crc32(piece)
+    if found != expected:
+        raise StorageError(
+            f"blob {key!r} in {path}: the {len(piece)} bytes from offset {offset} on are altered: checksum "
+            f"{found:08x}, and {expected:08x} was written",
+            remedy=AGAIN,
+        )

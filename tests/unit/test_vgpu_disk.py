@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_model.core.errors import CapacityError, ConfigError, InputError, StorageError
-from apt_model.vgpu import disk, disk_files
+from apt_model.vgpu import disk_files
 from apt_model.vgpu.disk import DiskStore
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +216,7 @@ def test_a_temporary_folder_goes_with_the_store_or_the_process(tmp_path):
 def test_a_fork_leaves_the_folder_to_its_parent(tmp_path):
     store = DiskStore(None, 1 << 20)
     release = store._release.peek()
-    disk._release(*release[2][:2], os.getpid() + 1)
+    disk_files.release_folder(*release[2][:2], os.getpid() + 1)
     assert store.folder.exists()
     store.close()
 
