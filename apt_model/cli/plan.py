@@ -178,8 +178,11 @@ def _measured(options: Options, model: Outline | None) -> Rates:
     dtypes = [model.dtype] if model is not None else ["BF16", "F32"]
     rates = measure(get_device_manager("cpu" if options.device == "cpu" else "auto"), dtypes)
     before = rates_file.kept(rates.kind) if options.rates is None else None
-    if before is not None and before.device == rates.device:
-        rates = dataclasses.replace(rates, products={**before.products, **rates.products})
+    if before is not None and (before.device, before.numels) == (rates.device, rates.numels):
+        rates = dataclasses.replace(
+            rates, products={**before.products, **rates.products},
+            narrow_products={**before.narrow_products, **rates.narrow_products},
+        )  # fmt: skip
     rates_file.keep(rates, None if options.rates is None else Path(options.rates))
     return rates
 
@@ -197,7 +200,8 @@ def _rates(options: Options, measured: Rates | None) -> tuple[Rates, str]:
         name: value for name in ("link_gbps", "disk_gbps") if (value := getattr(options, name)) is not None
     }
     if options.tflops is not None:
-        given |= {"products": {ANY: ((1, options.tflops),)}, "fp4_products": ((1, options.tflops),)}
+        curve = ((1, options.tflops),)
+        given |= {"products": {ANY: curve}, "fp4_products": curve, "narrow_products": {}}
     return dataclasses.replace(found, **given), kind
 
 

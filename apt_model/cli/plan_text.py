@@ -52,6 +52,7 @@ def _times(made: Report, rates: Rates, batch: int) -> list[tuple[str, str]]:
 def tell_rates(rates: Rates, kept_in: str) -> None:
     """What was measured, and where it is kept."""
     curves: dict[str, Curve] = {**rates.products, **({"4-bit": rates.fp4_products} if rates.fp4_products else {})}
+    curves |= {f"{name}, narrow": curve for name, curve in rates.narrow_products.items()}
     counts = sorted({count for curve in curves.values() for count, _ in curve})
     rows = [
         (name, *(output.figure(dict(curve).get(count), ".3g") for count in counts)) for name, curve in curves.items()

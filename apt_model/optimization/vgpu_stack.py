@@ -17,15 +17,15 @@ from apt_model.core.tensor_folders import read_json
 from apt_model.optimization.convert import quantize as convert
 from apt_model.optimization.fp4_config import FP4Config
 from apt_model.optimization.saved_weights import QuantizedWeights, TransformersWeights, turned_layers
-from apt_model.vgpu import stack
 from apt_model.vgpu.config import VGPUConfig
+from apt_model.vgpu.stack import LevelStack
 from apt_model.vgpu.weights import FolderWeights, Weights
 
 LOG = logging.getLogger(__name__)
 _SHOWN = 5
 
 
-class VGPUStack(stack.VGPUStack):
+class VGPUStack(LevelStack):
     """GPU, CPU and SSD as one memory: no level ever holds more than its capacity.
 
     `attach` moves a model's weights to the levels, fastest first, and has each block's on level 1 while its forward

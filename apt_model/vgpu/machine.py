@@ -9,7 +9,7 @@ from torch import nn
 from apt_model.core.system.device import Device
 from apt_model.vgpu.measure import Probe, disk_gbps, link_gbps, rates_of
 from apt_model.vgpu.rates import Rates
-from apt_model.vgpu.stack import VGPUStack
+from apt_model.vgpu.stack import LevelStack
 
 # MB of the levels of the stack that measures: room for what is copied, and for what is read.
 _LEVELS = (200, 200, 300)
@@ -26,7 +26,7 @@ def measure(device: Device, dtypes: Sequence[str], path: str | None = None) -> R
     """
     found, name = rates_of(device, dtypes), _name(device)
     below = [{"capacity_mb": _LEVELS[1], "device": "cpu"}, {"capacity_mb": _LEVELS[2], "device": "ssd", "path": path}]
-    with VGPUStack({"levels": [{"capacity_mb": _LEVELS[0], "device": name}, *below]}) as stack:
+    with LevelStack({"levels": [{"capacity_mb": _LEVELS[0], "device": name}, *below]}) as stack:
         memory = stack._memory  # noqa: SLF001 - the same package
         link, disk = link_gbps(memory, device), disk_gbps(memory)
     return dataclasses.replace(found, link_gbps=link, disk_gbps=disk, hook_s=_hook(device))
@@ -49,7 +49,7 @@ def _hook(device: Device) -> float:
         {"capacity_mb": 4 * (size + 4096) / 1e6, "device": _name(device)},
         {"capacity_mb": 4.2, "device": "cpu"},
     ]
-    with torch.no_grad(), VGPUStack({"levels": levels}) as stack:
+    with torch.no_grad(), LevelStack({"levels": levels}) as stack:
         stack.attach(model)
         streamed = probe.time(lambda: model(x))
         stack.detach(model)

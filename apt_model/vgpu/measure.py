@@ -15,7 +15,7 @@ from apt_model.core.system.device import Device
 from apt_model.ops import fp4
 from apt_model.vgpu.memory import Memory
 from apt_model.vgpu.modules import tree_of
-from apt_model.vgpu.rates import Curve, Rates
+from apt_model.vgpu.rates import FP4, Curve, Rates
 from apt_model.vgpu.units import MB, PAGE
 from apt_model.vgpu.work import Facts, chain_bytes, work_of
 
@@ -23,6 +23,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Rows of x, and the side of a weight: of a large product, which a model's own come near to.
 _ROWS_GPU, _ROWS_CPU = (1, 16, 64, 256, 1024, 4096, 16384), (1, 16, 64, 256, 1024)
 _SIDE_GPU, _SIDE_CPU, _SIDE_LEAST = 4096, 512, 64
+_NARROWER = 4
 # Bytes of weights that take turns, so that no cache holds the next one.
 _TURNS_GPU, _TURNS_CPU = 256 * MB, 64 * MB
 # Of what is copied, to learn a rate; and how long each figure is measured: until a device is at its lasting speed.
@@ -70,32 +71,33 @@ class Probe:
         # What else runs on a CPU makes single rounds longer; a GPU's first ones are faster than what lasts.
         return statistics.median(times) if self.real else min(times)
 
-    def products(self, dtype: torch.dtype) -> Curve:
+    def products(self, dtype: torch.dtype, *, narrow: bool = False) -> Curve:
         """Of linear layers in `dtype`, by rows of x."""
         element, most = torch.empty(0, dtype=dtype).element_size(), _TURNS_GPU if self.real else _TURNS_CPU
-        side = self._side(element)
+        side = self.side(element, narrow=narrow)
         count = max(1, min(most, self.room // 2) // (side * side * element))
         weights = [torch.randn(side, side, device=self.device.device).to(dtype) for _ in range(count)]
-        return self._curve(weights, side, dtype, functional.linear)
+        return self._curve(weights, side, dtype, functional.linear, narrow=narrow)
 
-    def fp4_products(self, dtype: torch.dtype) -> Curve:
+    def fp4_products(self, dtype: torch.dtype, *, narrow: bool = False) -> Curve:
         """Of linear layers with nvfp4 weights, in the order in which they compute."""
-        side = self._side(2)
+        side = self.side(2, narrow=narrow)
         made = fp4.quantize(torch.randn(side, side, device=self.device.device) * 0.02, "nvfp4")
         weight: fp4.Operand = made
         if fp4.wants_order(fp4.NVFP4, self.device.device, dtype):
             weight = fp4.shuffle_if_reversible(made, dtype) or made
-        return self._curve([weight], side, dtype, lambda x, each: fp4.linear(x, each, None))
+        return self._curve([weight], side, dtype, lambda x, each: fp4.linear(x, each, None), narrow=narrow)
 
-    def _side(self, element: int) -> int:
-        side = _SIDE_GPU if self.real else _SIDE_CPU
+    def side(self, element: int, *, narrow: bool = False) -> int:
+        """Of a weight, of which `element` bytes are an element."""
+        side = (_SIDE_GPU if self.real else _SIDE_CPU) // (_NARROWER if narrow else 1)
         return max(_SIDE_LEAST, min(side, int((self.room / 8 / element) ** 0.5) // _SIDE_LEAST * _SIDE_LEAST))
 
     def _curve(
-        self, weights: Sequence[object], side: int, dtype: torch.dtype, linear: Callable[..., Tensor]
+        self, weights: Sequence[object], side: int, dtype: torch.dtype, linear: Callable[..., Tensor], *, narrow: bool
     ) -> Curve:  # fmt: skip
         found = []
-        for rows in _ROWS_GPU if self.real else _ROWS_CPU:
+        for rows in (_ROWS_GPU if self.real else _ROWS_CPU)[:: 2 if narrow else 1]:
             if rows > 1 and 2 * rows * side * dtype.itemsize > self.room // 3:
                 break
             x = torch.randn(rows, side, device=self.device.device).to(dtype)
@@ -198,7 +200,7 @@ def rates_of(
     probe = Probe(device, min(device.free_memory() // 4, 1000 * MB) if room is None else room, seconds or usual)
     known = [DTYPES[name] for name in dtypes if name in DTYPES] or [torch.float32]
     with torch.inference_mode():
-        return Rates(
+        found = Rates(
             device=f"{device.name()}, torch {torch.__version__}",
             kind="gpu" if probe.real else "cpu",
             memory_gbps=probe.memory(),
@@ -208,6 +210,13 @@ def rates_of(
             attention_tflops=probe.attention(known[0]),
             launch_s=probe.launch(known[0]),
         )
+        element = known[0].itemsize
+        low, high = (probe.side(element, narrow=each) ** 2 for each in (True, False))
+        if low == high:  # there is no room for two
+            return found
+        narrow = {name: probe.products(DTYPES[name], narrow=True) for name in found.products}
+        narrow |= {FP4: probe.fp4_products(known[0], narrow=True)} if fp4 else {}
+        return dataclasses.replace(found, narrow_products=narrow, numels=(low, high))
 
 
 def link_gbps(memory: Memory, device: Device) -> float | None:

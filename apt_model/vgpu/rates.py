@@ -21,6 +21,7 @@ from apt_model.core.system.measurements import caches
 
 # By rows of x, in rising order: TFLOP/s.
 Curve = tuple[tuple[int, float], ...]
+FP4 = "FP4"
 ANY = "any"
 """The entry of `Rates.products` that is true for every type."""
 UNKNOWN = "unknown"
@@ -48,6 +49,10 @@ class Rates:
     """Of a linear layer, by its type ('BF16')."""
     fp4_products: Curve = ()
     """Of a linear layer with 4-bit weights."""
+    narrow_products: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
+    """Of a layer of fewer elements, by type, `FP4` for 4-bit weights; between both on the line, in logarithms."""
+    numels: tuple[int, int] | None = None
+    """Elements of the layers that `narrow_products` and `products` are of."""
     attention_tflops: float | None = None
     """Of scaled dot product attention that is not causal."""
     launch_s: float | None = None
@@ -64,7 +69,7 @@ class Rates:
             require(
                 value is None or _is_rate(value, zero=name == "hook_s"), f"rates: {name}", f"{least} or null", value
             )
-        for name, curve in (*self.products.items(), ("fp4_products", self.fp4_products)):
+        for name, curve in (*self.products.items(), *self.narrow_products.items(), ("fp4_products", self.fp4_products)):
             require(_is_curve(curve), f"rates: {name}", "pairs of rows, rising, and TFLOP/s above 0", curve)
 
     def product_s(self, rows: float, numel: int, dtype: str, *, fp4: bool) -> float | None:
@@ -72,7 +77,14 @@ class Rates:
         if dtype == UNKNOWN:
             return None
         curve = self.fp4_products if fp4 else self.products.get(dtype) or self.products.get(ANY, ())
-        return 2 * numel * rows / (at(curve, rows) * 1e12) if curve else None
+        if not curve:
+            return None
+        rate, narrow = at(curve, rows), self.narrow_products.get(FP4 if fp4 else dtype)
+        if narrow and self.numels:
+            low, high = self.numels
+            share = min(1.0, max(0.0, math.log(numel / low) / math.log(high / low)))
+            rate = at(narrow, rows) ** (1 - share) * rate**share
+        return 2 * numel * rows / (rate * 1e12)
 
     def to_json(self) -> str:
         """As `read` takes it."""
@@ -103,7 +115,9 @@ def read(path: Path) -> Rates:
             raise unknown_name(name, known, str(path))
     try:
         held["products"] = {name: _curve(each) for name, each in held.get("products", {}).items()}
+        held["narrow_products"] = {name: _curve(each) for name, each in held.get("narrow_products", {}).items()}
         held["fp4_products"] = _curve(held.get("fp4_products", ()))
+        held["numels"] = _numels(held.get("numels"))
         return Rates(**held)
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{path} holds no rates: {error}", remedy="apt-model plan --measure makes some") from error
@@ -127,6 +141,15 @@ def keep(rates: Rates, path: Path | None = None) -> Path:
     path = path or kept_file(rates.kind)
     write_text(path, rates.to_json())
     return path
+
+
+def _numels(values: Any) -> tuple[int, int] | None:
+    if values is None:
+        return None
+    low, high = values
+    right = isinstance(low, int) and isinstance(high, int) and 0 < low < high
+    require(right, "rates: numels", "two whole numbers above 0, rising, or null", values)
+    return low, high
 
 
 def _curve(values: Any) -> Curve:

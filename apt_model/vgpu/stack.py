@@ -1,4 +1,4 @@
-"""`VGPUStack`: levels of memory with hard capacities, and the models whose weights pass through them."""
+"""`LevelStack`: levels of memory with hard capacities, and the models whose weights pass through them."""
 
 import contextlib
 import itertools
@@ -38,11 +38,11 @@ LOG = logging.getLogger(__name__)
 _OF_SPARE = 16
 
 
-class VGPUStack:
+class LevelStack:
     """GPU, CPU and SSD as one memory: no level ever holds more than its capacity.
 
     `attach` moves a model's weights to the levels, fastest first, and has each block's on level 1 while its forward
-    runs; the results are bit for bit those of the model as it was.
+    runs; the results are bit for bit those of the model as it was. `VGPUStack` adds `load`, which knows saved models.
 
     Args:
         config: the levels, as `VGPUConfig` or as a dictionary.

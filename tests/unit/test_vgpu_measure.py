@@ -31,6 +31,8 @@ def test_all_rates_of_a_machine(tmp_path):
     assert list(found.products) == ["F32"]
     assert [rows for rows, _ in found.products["F32"]] == [1, 16]
     assert len(found.fp4_products) == 2
+    assert list(found.narrow_products) == ["F32", "FP4"]
+    assert found.numels == (128**2, 512**2)
     rates = (
         found.link_gbps, found.disk_gbps, found.memory_gbps, found.chain_gbps, found.attention_tflops, found.launch_s
     )  # fmt: skip
@@ -96,6 +98,19 @@ def test_experts_are_read_as_far_as_tokens_meet_them():
     quiet = work._replace(traffic=0.0, chained=0.0)
     assert seconds(quiet, 1, 1, machine_, 2)[0] == pytest.approx(nbytes / 1e9 * (1 - (7 / 8) ** 2))
     assert seconds(quiet, 10**4, 1, machine_, 2)[0] == pytest.approx(nbytes / 1e9)
+
+
+def test_layers_between_two_widths_are_between_their_rates():
+    rates = Rates(
+        products={"F32": ((1, 4.0),)}, fp4_products=((1, 8.0),), numels=(100, 10_000),
+        narrow_products={"F32": ((1, 1.0),), "FP4": ((1, 2.0),)},
+    )  # fmt: skip
+
+    def rate(numel, *, fp4=False):
+        return 2 * numel / rates.product_s(1, numel, "F32", fp4=fp4) / 1e12
+
+    assert [rate(numel) for numel in (10, 100, 1000, 10_000, 10**6)] == pytest.approx([1, 1, 2, 4, 4])
+    assert rate(1000, fp4=True) == pytest.approx(4)
 
 
 def test_norms_and_rotary_embeddings_have_a_rate_of_their_own():
