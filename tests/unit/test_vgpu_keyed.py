@@ -203,7 +203,7 @@ def test_tensors_and_a_model_share_the_levels():
         ({"levels": [{"capacity_mb": 1, "device": "cpu"}, {"capacity_mb": 1, "device": "cuda:0"}]}, "below the first"),
         ({"levels": [{"capacity_mb": 1, "device": "cpu", "path": "x"}]}, "only 'ssd' has files"),
         ({"levels": [{"capacity_mb": 1, "device": "cpu"}], "slots": 0}, "slots"),
-        ({"levels": [{"capacity_mb": 1, "device": "cpu"}], "policy": "lru"}, "policy"),
+        ({"levels": [{"capacity_mb": 1, "device": "cpu"}], "policy": "fifo"}, "policy"),
     ],
 )
 def test_configurations_that_are_refused(config, what):
