@@ -19,6 +19,7 @@ BLOCKS = {"nvfp4": 16, "mxfp4": 32}
 # Rows of codes are padded with zero codes to this many weights, in both formats.
 ROW_MULTIPLE = 16
 PACKED, SCALE, GLOBAL_SCALE = "_packed", "_scale", "_global_scale"
+SCALES = (SCALE, GLOBAL_SCALE)
 FROM_THE_ORIGINAL = "quantise the 16-bit original: apt-model quantize DIR --format nvfp4 --out DIR2"
 
 

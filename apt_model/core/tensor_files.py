@@ -22,6 +22,8 @@ BITS = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
     "C64": 64,
 }  # fmt: skip
+# Types of numbers that a product takes as they are, and that FP4 is made from.
+FLOATS = ("F16", "BF16", "F32", "F64")
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000  # what the library takes
 _METADATA = "__metadata__"

@@ -13,8 +13,6 @@ DTYPES = {
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-# Types that FP4 is made from.
-FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -12,8 +12,7 @@ from apt_model.core import fp4_names
 from apt_model.core.errors import ConfigError
 from apt_model.core.fp4_names import layer_of
 from apt_model.core.patterns import covers
-from apt_model.core.tensor_files import Entry
-from apt_model.core.tensor_io import FLOATS
+from apt_model.core.tensor_files import FLOATS, Entry
 from apt_model.integrations.fp4_plan import COMPRESSED_TENSORS, EMBEDDING, Decision
 from apt_model.integrations.outline import EXPERTS, LINEAR, TRANSPOSED, Outline
 from apt_model.ops.fp4.format import Format

@@ -1,6 +1,7 @@
 """The tensors of a saved model under the names that its modules have for them: as they are, put together, quantised."""
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,6 @@ class TransformersWeights:
 
     def __contains__(self, name: object) -> bool:
         return name in self._plain or name in self._made
-
-    def names(self) -> Iterable[str]:
-        """Of all that the model has."""
-        return [*self._plain, *self._made]
 
     def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
         """As the headers say, or what becomes of those."""
@@ -104,8 +101,6 @@ class _Made:
 
     def make(self, read: Callable[[str], Tensor], model: Any) -> dict[str, Tensor]:
         """By name in the model."""
-        import copy  # noqa: PLC0415
-
         converter = copy.deepcopy(self._converter)
         for pattern, key in self.sources:
             converter.add_tensor(self._name, key, pattern, lambda key=key: read(key))
@@ -137,11 +132,6 @@ class QuantizedWeights:
 
     def __contains__(self, name: object) -> bool:
         return name in self._of or name in self._weights
-
-    def names(self) -> Iterable[str]:
-        """Of all that the model has."""
-        whole = {weight for weight, *_ in self._of.values()}
-        return [*self._of, *(name for name in self._weights.names() if name not in whole)]
 
     def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
         """Of what is not quantised."""

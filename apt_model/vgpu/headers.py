@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 from apt_model.core import fp4_names
 from apt_model.core.errors import ConfigError
-from apt_model.core.fp4_storage import GLOBAL_SCALE, PACKED, SCALE, packed_parts
+from apt_model.core.fp4_storage import PACKED, SCALES, packed_parts
 from apt_model.core.patterns import covers
-from apt_model.core.tensor_files import tensor_bytes
+from apt_model.core.tensor_files import FLOATS, tensor_bytes
 from apt_model.vgpu import saved_names
 from apt_model.vgpu.saved_names import Saved
 from apt_model.vgpu.tree import Held, Node, Stored
 
-FLOATS = ("F64", "F32", "BF16", "F16")
 # As `quantize` skips them unless told otherwise.
 _SKIPPED = ("lm_head",)
 
@@ -65,14 +64,14 @@ def outline(
 
 
 def _cast(name: str, tensor: Saved, dtype: str | None) -> Saved:
-    scale = name.endswith((SCALE, GLOBAL_SCALE))
+    scale = name.endswith(SCALES)
     return tensor if dtype is None or tensor.dtype not in FLOATS or scale else Saved(dtype, tensor.shape)
 
 
 def _majority(tensors: Mapping[str, Saved]) -> str:
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
-        if tensor.dtype in FLOATS and not name.endswith((SCALE, GLOBAL_SCALE)):
+        if tensor.dtype in FLOATS and not name.endswith(SCALES):
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor_bytes(*tensor)
     return max(sizes, key=lambda each: sizes[each], default="BF16")
 

@@ -52,7 +52,7 @@ class Hollow:
     """
 
     def __init__(self, model: nn.Module, weights: Weights, device: torch.device) -> None:
-        self._model, self._weights, self._device = model, weights, device
+        self._weights, self._device = weights, device
         self._spots = _spots(model)
         self._due: dict[int, _Due] = {}
         self._ordered: dict[int, dict[str, Tensor]] = {}  # by module: tensors that nobody has asked for yet
@@ -148,7 +148,7 @@ class Hollow:
 
     def _place(self, stored: Stored) -> InFile | None:
         due, parameter = self._due.get(id(stored.parameters[0])), stored.parameters[0]
-        if due is None or getattr(due.module, "orders", None):
+        if due is None or _has_order(due.module):
             return None
         kind = self._weights.kind(due.name)
         same = kind == (parameter.dtype, tuple(parameter.shape))

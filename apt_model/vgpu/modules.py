@@ -4,14 +4,11 @@ import torch
 from torch import nn
 
 from apt_model.core.errors import InputError
+from apt_model.core.tensor_io import DTYPES
 from apt_model.vgpu.tree import Held, Node, Stored
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
-}  # fmt: skip
+_NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.complex64: "C64"}
 _BY_SIZE = {1: "U8", 2: "U16", 4: "U32", 8: "U64", 16: "C128"}
 
 
@@ -49,7 +46,7 @@ def _node(module: nn.Module, name: str, known: dict[int, Stored], made: dict[int
 
 
 def _dtype(parameter: nn.Parameter) -> str:
-    return _DTYPES.get(parameter.dtype) or _BY_SIZE[parameter.element_size()]
+    return _NAMES.get(parameter.dtype) or _BY_SIZE[parameter.element_size()]
 
 
 def _storages(model: nn.Module) -> dict[int, Stored]:

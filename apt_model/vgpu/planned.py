@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from apt_model.core.fp4_storage import SCALES
 from apt_model.core.system.device import Device
 from apt_model.core.system.manager import get_device_manager
+from apt_model.core.tensor_files import BITS
 from apt_model.vgpu import rates as rates_file
 from apt_model.vgpu.layout import Layout
 from apt_model.vgpu.measure import disk_gbps, link_gbps, rates_of
@@ -16,12 +18,10 @@ from apt_model.vgpu.planner import DISK
 from apt_model.vgpu.policy import CYCLIC
 from apt_model.vgpu.rates import Rates
 from apt_model.vgpu.report import Report, report
-from apt_model.vgpu.tree import Held
 from apt_model.vgpu.work import facts_of
 
 # How long each figure is measured where none is kept.
 _SECONDS = 0.02
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 def planned_report(model: nn.Module, layout: Layout, memory: Memory, *, tokens: int, length: int) -> Report:
@@ -29,7 +29,7 @@ def planned_report(model: nn.Module, layout: Layout, memory: Memory, *, tokens: 
     dtypes = _dtypes(layout)
     levels = [None if each is None else (each.config.device, each.capacity) for each in _three(memory)]
     found = _rates(layout, memory, dtypes) if layout.policy == CYCLIC else Rates()
-    element = _BYTES[dtypes[0]]
+    element = BITS[dtypes[0]] // 8
     return report(
         layout, levels, facts_of(_config(model)), found, tokens=tokens, length=length, element=element
     )  # fmt: skip
@@ -51,13 +51,9 @@ def _dtypes(layout: Layout) -> list[str]:
     for window in layout.windows:
         for node in window.node.walk():
             for held in node.own:
-                if held.floats and not _is_scale(held):
+                if held.floats and not held.name.endswith(SCALES):
                     sizes[held.dtype] = sizes.get(held.dtype, 0) + held.stored.nbytes
     return sorted(sizes, key=lambda each: -sizes[each]) or ["F32"]
-
-
-def _is_scale(held: Held) -> bool:
-    return held.name.endswith(("_scale", "_global_scale"))
 
 
 def _rates(layout: Layout, memory: Memory, dtypes: list[str]) -> Rates:

@@ -6,32 +6,21 @@ from typing import Any
 
 from apt_model.vgpu.layout import Layout
 from apt_model.vgpu.policy import CYCLIC
-from apt_model.vgpu.predict import SLOWER, UNKNOWN, Forecast
+from apt_model.vgpu.predict import SLOWER, UNKNOWN, Forecast, Prediction
 from apt_model.vgpu.rates import Rates
 from apt_model.vgpu.units import MB
 from apt_model.vgpu.work import Facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """A plan and its prediction; seconds of one pass in the middle of others, None where a rate is not known."""
+class Report(Prediction):
+    """A plan, and its prediction."""
 
     levels: list[dict[str, Any]]
     """Of each: device, capacity_mb, planned_mb, and how many blocks live there."""
     slots: int
     streamed_mb: float
     tokens: int
-    pass_s: float | None
-    """The prediction."""
-    compute_s: float | None
-    """Were all weights on level 1."""
-    link_s: float | None
-    """In which the link is busy."""
-    disk_s: float | None
-    bound: str | None
-    """'compute', 'link' or 'disk': the slowest."""
-    tokens_for_slow_down: int | None
-    """Tokens a pass from which it takes at most 1.15 of what compute alone takes."""
     foreseen: bool = True
     """Whether blocks come in an order that repeats; else no time can be said."""
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from apt_model.core.tensor_files import BITS
+from apt_model.core.tensor_files import BITS, FLOATS
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,7 +52,7 @@ class Held(NamedTuple):
     @property
     def floats(self) -> bool:
         """Whether its elements are numbers that a product takes as they are."""
-        return self.dtype in ("F64", "F32", "BF16", "F16")
+        return self.dtype in FLOATS
 
 
 @dataclasses.dataclass(eq=False)

@@ -25,9 +25,6 @@ class Weights(Protocol):
     def __contains__(self, name: object) -> bool:
         """Whether there are such."""
 
-    def names(self) -> Iterable[str]:
-        """Of all."""
-
     def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]] | None:
         """Type and shape, where they are known before they are read."""
 

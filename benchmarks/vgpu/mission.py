@@ -59,9 +59,6 @@ class Drawn:
     def __contains__(self, name: str) -> bool:
         return name.startswith("blocks.")
 
-    def names(self):
-        return ()
-
     def place(self, _: str) -> None:
         return None
 
