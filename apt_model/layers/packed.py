@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_model.core.errors import InputError
-from apt_model.core.fp4_storage import row_bytes
+from apt_model.core.fp4_storage import packed_parts, row_bytes
 from apt_model.core.options import require
 from apt_model.core.placement import is_placed
 from apt_model.core.system.cuda import CudaDevice
@@ -175,6 +175,13 @@ class PackedModule(nn.Module):
             # With what else is known of the values.
             self.orders[name] = made._replace(words=order.words, scales=order.scales, global_scale=order.global_scale)
         return values
+
+    def in_files(self, parameter: str) -> tuple[str, tuple[int, ...]] | None:
+        """Type, by safetensors' names, and shape of a packed parameter as files have it, in whatever order it is now."""
+        for name, slot in self.slots.items():
+            if parameter.startswith(f"{name}_"):
+                return packed_parts(slot.shape, self.format).get(parameter.removeprefix(name))
+        return None
 
     def leave_order(self) -> None:
         """Bring all weights back into the order of files."""

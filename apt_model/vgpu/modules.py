@@ -31,7 +31,7 @@ def _node(module: nn.Module, name: str, known: dict[int, Stored], made: dict[int
     """None for a module without parameters."""
     if id(module) not in made:
         own = [
-            Held(key, _dtype(each), tuple(each.shape), known[id(each)])
+            Held(key, *_kind(module, key, each), known[id(each)])
             for key, each in module.named_parameters(recurse=False)
         ]
         children = [
@@ -43,6 +43,12 @@ def _node(module: nn.Module, name: str, known: dict[int, Stored], made: dict[int
         )  # fmt: skip
         made[id(module)] = node if own or node.children else None
     return made[id(module)]
+
+
+def _kind(module: nn.Module, key: str, parameter: nn.Parameter) -> tuple[str, tuple[int, ...]]:
+    """Type and shape as files have them: a layer may hold a weight in the order in which it computes (`order_for`)."""
+    told = getattr(module, "in_files", None)
+    return (told(key) if callable(told) else None) or (_dtype(parameter), tuple(parameter.shape))
 
 
 def _dtype(parameter: nn.Parameter) -> str:

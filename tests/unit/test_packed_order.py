@@ -15,6 +15,8 @@ from apt_model.layers.fp4_linear import FusedFP4Linear
 from apt_model.layers.packed import PackedModule
 from apt_model.ops import fp4
 from apt_model.optimization import quantize
+from apt_model.vgpu.modules import tree_of
+from apt_model.vgpu.work import Facts, work_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -327,3 +329,17 @@ def test_experts_have_orders_of_their_own():
         getattr(plain, name).data.copy_(getattr(model, name).clone())
     expected = plain(x_of(32))
     assert (out.float() - expected.float()).norm() < 1e-2 * expected.float().norm()
+
+
+def test_a_plan_counts_the_same_work_in_either_order():
+    model = nn.ModuleDict({"gate_proj": layer_of(64, 128), "q_proj": layer_of(128, 128, bias=False)})
+    facts = Facts(width=128, attention=128, rotary=True)
+    before = work_of(tree_of(model), facts, 2)
+    for layer in model.values():
+        layer(x_of(128))
+        assert layer.orders
+    after = work_of(tree_of(model), facts, 2)
+    assert after._replace(products=(), nbytes=0) == before._replace(products=(), nbytes=0)
+    assert [product.numel for product in after.products] == [product.numel for product in before.products]
+    assert before.traffic
+    assert before.chained
