@@ -177,7 +177,7 @@ class PackedModule(nn.Module):
         return values
 
     def in_files(self, parameter: str) -> tuple[str, tuple[int, ...]] | None:
-        """Type, by safetensors' names, and shape of a packed parameter as files have it, in whatever order it is now."""
+        """Type, by safetensors' names, and shape of a packed parameter as files have it, whatever its order is now."""
         for name, slot in self.slots.items():
             if parameter.startswith(f"{name}_"):
                 return packed_parts(slot.shape, self.format).get(parameter.removeprefix(name))
