@@ -52,14 +52,14 @@ def quantize(
     if len(plan) == len(asked) + len(skipped) and not any(isinstance(each, PackedModule) for each in model.modules()):
         left = "".join(f"; {each}" for each in [*asked, *skipped][:3])
         raise InputError(f"quantize: {type(model).__name__} has no linear layer that can be quantised{left}")
-    places, quantized, frozen = _places(model), [], 0
+    places, quantized, frozen = places_of(model), [], 0
     while plan:  # each is dropped before the next is quantised: never a second full copy
         each = plan.popleft()
         if each.asked or each.fault:
             continue
         trainable = sum(each.module.get_parameter(name).requires_grad for name in each.weights)
         try:
-            model = _replace(model, places[id(each.module)], _quantized(each.module, config))
+            model = put(model, places[id(each.module)], packed_of(each.module, config))
         except InputError as error:
             skipped.append(Skipped(each.name, error.message, each.skipped().size))
             continue
@@ -106,16 +106,17 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
                 "has not",
                 remedy="replace that layer yourself: nn.Linear with layer.dequantize(), then the activation",
             )
-    places = _places(model)
+    places = places_of(model)
     waiting = deque(module for _, module in packed)
     packed.clear()
     while waiting:
         module = waiting.popleft()
-        model = _replace(model, places[id(module)], _plain(module, dtype))
+        model = put(model, places[id(module)], _plain(module, dtype))
     return model
 
 
-def _quantized(module: nn.Module, config: FP4Config) -> nn.Module:
+def packed_of(module: nn.Module, config: FP4Config) -> nn.Module:
+    """The packed layer of a plain one, with its hooks and flags; experts become it themselves."""
     form, activation_dtype = config.format, config.activation_dtype
     if isinstance(module, nn.Embedding):
         return _carry(module, FusedFP4Embedding.from_embedding(module, format=form))
@@ -153,7 +154,7 @@ def _carry(old: nn.Module, new: nn.Module) -> nn.Module:
     return new.train(old.training)
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def places_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Where each module stands: its parents, and its name in each."""
     found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for parent in model.modules():
@@ -162,7 +163,7 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
-def _replace(model: Model, places: list[tuple[nn.Module, str]], new: nn.Module) -> Model:
+def put(model: Model, places: list[tuple[nn.Module, str]], new: nn.Module) -> Model:
     """Put `new` where the old module stood; returns the model, which is `new` where it stood nowhere."""
     for parent, name in places:
         setattr(parent, name, new)

@@ -4,7 +4,7 @@ import contextlib
 import statistics
 import warnings
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 
@@ -35,6 +35,17 @@ current_stream: Callable[[int], int] = getattr(_C, "_cuda_getCurrentRawStream", 
 empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = getattr(
     _guards, "_empty_strided_cuda", _empty
 )
+
+
+class Recorded(NamedTuple):
+    """A CUDA graph."""
+
+    replay: Callable[[], None]
+    """Gives it to the current stream."""
+    result: Any
+    """What the work returned; the memory is written anew by each replay."""
+    pool: Any
+    """The memory that it uses."""
 
 
 @final
@@ -109,6 +120,14 @@ class CudaDevice(Device):
         """Wait for all streams of the GPU."""
         torch.cuda.synchronize(self.index)
 
+    def random_state(self) -> torch.Tensor | None:
+        """The state of the GPU's generator."""
+        return torch.cuda.get_rng_state(self.index if self.index is not None else "cuda")
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Go back to what `random_state` gave."""
+        torch.cuda.set_rng_state(state, self.index if self.index is not None else "cuda")
+
     def register_host(self, address: int, nbytes: int) -> bool:
         """Pin host memory for every GPU of the process; `DeviceError` with the driver's reason where it refuses."""
         with torch.cuda.device(self.index):
@@ -168,6 +187,29 @@ class CudaDevice(Device):
                 end.synchronize()
                 times.append(begin.elapsed_time(end) / 1e3)
         return statistics.median(times)
+
+    def current_stream(self) -> torch.Stream:
+        """The stream on which the caller computes."""
+        return torch.cuda.current_stream(self.index)
+
+    def record(self, work: Callable[[], Any], pool: Any = None) -> "Recorded":
+        """What `work` gives to the GPU, as a CUDA graph; `work` runs twice before, so that nothing is left to set up.
+
+        Args:
+            work: without a wait for the GPU in it, and with its inputs in memory that stays where it is.
+            pool: of a graph recorded before, whose memory this one may use too where the two never run side by side.
+        """
+        with torch.cuda.device(self.index):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    work()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+                result = work()
+        return Recorded(graph.replay, result, graph.pool())
 
     @staticmethod
     def toolkit() -> tuple[int, ...]:

@@ -67,6 +67,14 @@ class Device(ABC):
         """Seed every generator that work on this device draws from, the CPU's included."""
         torch.manual_seed(seed)
 
+    def random_state(self) -> torch.Tensor | None:
+        """The state of the generator that work on this device draws from; None where that is the CPU's own."""
+        return None
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Go back to what `random_state` gave."""
+        raise InputError(f"{self.device}: expected no state, as it draws from the CPU's generator, got {type(state)}")
+
     def register_host(self, address: int, nbytes: int) -> bool:  # noqa: ARG002
         """Pin host memory, so that the device copies it by itself; False where the vendor has no such thing.
 

@@ -1,0 +1,64 @@
+"""How much faster a linear layer of some size is in 4 bits, measured on the device where it is asked for."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from apt_model.core.system.cuda import CudaDevice
+from apt_model.core.system.device import Device
+from apt_model.layers.fp4_linear import FusedFP4Linear
+
+ROWS = (1, 16, 128)
+"""Of the inputs: a token, some, and a short text."""
+# Weights are taken in turns until this is moved, so that no cache holds them.
+_BYTES = 128 << 20
+_MOST_COPIES = 32
+_TIMES = 3
+
+
+_measured: dict[tuple[str, torch.dtype, tuple[int, ...], str], float] = {}
+
+
+def speed_up(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: str) -> float:
+    """Time of a product with a weight of `shape` in `dtype` over that of its 4-bit layer; measured once.
+
+    It is the geometric mean over `ROWS`: on a GPU of the GPU's own time, elsewhere of the clock's.
+    """
+    key = (f"{device.device} {device.name()}", dtype, shape, form)
+    if key not in _measured:
+        _measured[key] = _measure(device, dtype, shape, form)
+    return _measured[key]
+
+
+@torch.no_grad()
+def _measure(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: str) -> float:
+    on_gpu = isinstance(device, CudaDevice)
+    copies = max(1, min(_MOST_COPIES, _BYTES // (math.prod(shape) * dtype.itemsize))) if on_gpu else 1
+    weights = [torch.randn(shape, device=device.device, dtype=dtype) for _ in range(copies)]
+    layers = [FusedFP4Linear.from_weight(weight, None, format=form) for weight in weights]
+    ratios = []
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1], device=device.device, dtype=dtype)
+        plain = _seconds(device, lambda x=x: [F.linear(x, weight) for weight in weights])  # type: ignore[misc]
+        packed = _seconds(device, lambda x=x: [layer(x) for layer in layers])  # type: ignore[misc]
+        ratios.append(plain / packed)
+    return math.exp(statistics.mean(map(math.log, ratios)))
+
+
+def _seconds(device: Device, work: Callable[[], list[Tensor]]) -> float:
+    work()
+    if isinstance(device, CudaDevice):
+        return device.seconds(work)
+    times = []
+    for _ in range(_TIMES):
+        device.synchronize()
+        begin = time.perf_counter()
+        work()
+        device.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
