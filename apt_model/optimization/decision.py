@@ -18,13 +18,11 @@ from apt_model.ops import HAS_TRITON
 from apt_model.optimization.blocks import blocks_of
 from apt_model.optimization.convert_plan import Candidate, make_plan
 from apt_model.optimization.fp4_config import FP4Config, size_text
-from apt_model.optimization.product_speed import ROWS, speed_up
+from apt_model.optimization.product_speed import ROWS, speed_up, worth
 
 MB = 10**6
 # Of a free memory, what weights may take; the rest is for activations, and on the host for everybody else.
 OF_DEVICE, OF_HOST = 0.7, 0.8
-# A 4-bit layer is taken from here on.
-_FASTER = 1.05
 # Beyond its parts' bytes, what a level needs for their alignment.
 _SLACK = 1.02
 _NVFP4_BYTES = 0.5625
@@ -176,9 +174,9 @@ class _Deciding:
     def _measured(self, weight: nn.Parameter) -> tuple[bool, str]:
         if weight.is_meta or weight.dim() != 2:
             return False, "experts are not measured" if weight.dim() == 3 else "it has no values"
-        ratio = speed_up(self.device, self.dtype or weight.dtype, tuple(weight.shape), "nvfp4")
-        rows = ", ".join(map(str, ROWS))
-        return ratio >= _FASTER, f"{ratio:.2f} times as fast in 4 bits, measured at {rows} rows"
+        ratios = speed_up(self.device, self.dtype or weight.dtype, tuple(weight.shape), "nvfp4")
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        return worth(ratios), f"{shown} times as fast in 4 bits, measured at {', '.join(map(str, ROWS))} rows"
 
     def _bytes_after(self, chosen: list[Candidate]) -> int:
         packed = {

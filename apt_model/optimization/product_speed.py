@@ -15,19 +15,21 @@ from apt_model.layers.fp4_linear import FusedFP4Linear
 
 ROWS = (1, 16, 128)
 """Of the inputs: a token, some, and a short text."""
+# A 4-bit layer is taken where the mean over the rows is at least the first, and none is below the second.
+FASTER, NOT_SLOWER = 1.05, 0.97
 # Weights are taken in turns until this is moved, so that no cache holds them.
 _BYTES = 128 << 20
 _MOST_COPIES = 32
 _TIMES = 3
 
 
-_measured: dict[tuple[str, torch.dtype, tuple[int, ...], str], float] = {}
+_measured: dict[tuple[str, torch.dtype, tuple[int, ...], str], tuple[float, ...]] = {}
 
 
-def speed_up(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: str) -> float:
+def speed_up(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: str) -> tuple[float, ...]:
     """Time of a product with a weight of `shape` in `dtype` over that of its 4-bit layer; measured once.
 
-    It is the geometric mean over `ROWS`: on a GPU of the GPU's own time, elsewhere of the clock's.
+    One for each of `ROWS`: on a GPU the GPU's own time, elsewhere the clock's.
     """
     key = (f"{device.device} {device.name()}", dtype, shape, form)
     if key not in _measured:
@@ -36,7 +38,7 @@ def speed_up(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: s
 
 
 @torch.no_grad()
-def _measure(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: str) -> float:
+def _measure(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: str) -> tuple[float, ...]:
     on_gpu = isinstance(device, CudaDevice)
     copies = max(1, min(_MOST_COPIES, _BYTES // (math.prod(shape) * dtype.itemsize))) if on_gpu else 1
     weights = [torch.randn(shape, device=device.device, dtype=dtype) for _ in range(copies)]
@@ -47,7 +49,12 @@ def _measure(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: s
         plain = _seconds(device, lambda x=x: [F.linear(x, weight) for weight in weights])  # type: ignore[misc]
         packed = _seconds(device, lambda x=x: [layer(x) for layer in layers])  # type: ignore[misc]
         ratios.append(plain / packed)
-    return math.exp(statistics.mean(map(math.log, ratios)))
+    return tuple(ratios)
+
+
+def worth(ratios: tuple[float, ...]) -> bool:
+    """Whether a layer with these speed-ups is better off in 4 bits."""
+    return statistics.geometric_mean(ratios) >= FASTER and min(ratios) >= NOT_SLOWER
 
 
 def _seconds(device: Device, work: Callable[[], list[Tensor]]) -> float:

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,12 +52,12 @@ def recomputed_apt(shape: Shape) -> nn.Module:
 
 def balanced_transformer(shape: Shape) -> nn.Module:
     vb.enable_balanced_mode(verbose=False)
-    return vb.optimize(PlainTransformer(shape).to(DEVICE))
+    return vb.optimize(PlainTransformer(shape).to(DEVICE).train())
 
 
 def recomputed_transformer(shape: Shape) -> nn.Module:
     vb.enable_balanced_mode(verbose=False, activation_checkpointing="on")
-    return vb.optimize(PlainTransformer(shape).to(DEVICE))
+    return vb.optimize(PlainTransformer(shape).to(DEVICE).train())
 
 
 ARMS: dict[str, tuple[Callable[[Shape], nn.Module], bool]] = {
@@ -85,6 +86,25 @@ class Arm:
         self.source, self.target, self.labels = (
             torch.randint(3, shape.vocab, size, generator=generator).to(DEVICE) for _ in range(3)
         )
+        self.times: list[float] = []
+        self.losses: list[float] = []
+        self.peak = 0
+
+    def seconds(self, steps: int) -> float:
+        if DEVICE == "cuda":
+            return record.gpu_seconds(self.step, repeat=steps, warm_up=1)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        return (time.perf_counter() - begin) / steps
+
+    def row(self) -> dict:
+        middle = statistics.median(self.times)
+        return {
+            "arm": self.name, "ms_a_step": 1e3 * middle, "ms_all": [1e3 * each for each in self.times],
+            "tokens_per_s": 2 * self.shape.batch * self.shape.length / middle, "peak_gib": self.peak / 2**30,
+            "losses": self.losses,
+        }  # fmt: skip
 
     def step(self) -> torch.Tensor:
         with torch.autocast(DEVICE, torch.bfloat16) if self.cast else contextlib.nullcontext():
@@ -104,31 +124,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results/<device>")
     options = parser.parse_args()
-    shape, rows = SMALL if options.small else Shape(), []
+    shape, arms = SMALL if options.small else Shape(), []
     for name in options.arms:
         arm = Arm(name, shape)
-        losses = [float(arm.step()) for _ in range(8)]
+        arm.losses = [float(arm.step()) for _ in range(8)]
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
+            held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        times = [
-            record.gpu_seconds(arm.step, repeat=options.steps, warm_up=1) if DEVICE == "cuda" else 0.0
-            for _ in range(options.rounds)
-        ]
-        peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
-        rows.append({
-            "arm": name, "ms_a_step": 1e3 * statistics.median(times), "ms_all": [1e3 * each for each in times],
-            "tokens_per_s": 2 * shape.batch * shape.length / max(statistics.median(times), 1e-9),
-            "peak_gib": peak / 2**30, "losses": losses, "stats": vb.stats()["models"],
-        })  # fmt: skip
-        row = rows[-1]
+            arm.step()
+            own = sum(each.nbytes for each in arm.model.parameters()) * 3  # weights, and two moments
+            arm.peak = torch.cuda.max_memory_allocated() - held + own
+        arms.append(arm)
+    for _ in range(options.rounds):
+        for arm in arms:
+            arm.times.append(arm.seconds(options.steps))
+    rows = [arm.row() for arm in arms]
+    for row in rows:
         print(
-            f"| {name} | {row['ms_a_step']:.1f} ms | {row['tokens_per_s']:,.0f} tokens/s | {row['peak_gib']:.2f} GiB | "
-            f"loss {losses[0]:.3f} -> {losses[-1]:.3f} |",
-            flush=True,
+            f"| {row['arm']} | {row['ms_a_step']:.1f} ms ({min(row['ms_all']):.1f}-{max(row['ms_all']):.1f}) | "
+            f"{row['tokens_per_s']:,.0f} tokens/s | {row['peak_gib']:.2f} GiB | "
+            f"loss {row['losses'][0]:.3f} -> {row['losses'][-1]:.3f} |"
         )
-        vb.disable()
-        del arm
     print(record.write("modes_training", rows, folder=options.out))
 
 

@@ -11,6 +11,8 @@ import apt_model.optimization.vb_global as vb
 
 pytestmark = [
     pytest.mark.gpu,
+    # torch's own, when inductor is loaded and while it compiles.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TensorFloat32.*:UserWarning"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
@@ -88,7 +90,7 @@ def test_a_replay_is_one_launch():
     for _ in range(4):
         model(ids, mask)
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         model(ids, mask)
         torch.cuda.synchronize()
     counts = {event.key: event.count for event in seen.key_averages()}
@@ -162,7 +164,8 @@ def test_recomputed_gradients_are_the_same_bits_in_less_memory(mode):
     vb.optimize(model)
     recomputed, less = step()
     print(f"{most / 2**20:.0f} MiB, recomputed {less / 2**20:.0f} MiB")
-    assert all(map(torch.equal, kept, recomputed))
+    torch.testing.assert_close(recomputed[0], kept[0])  # of the table: summed by atomics, in any order
+    assert all(map(torch.equal, kept[1:], recomputed[1:]))
     assert less < 0.6 * most
 
 
