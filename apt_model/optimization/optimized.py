@@ -36,8 +36,13 @@ class _Kept(NamedTuple):
     dtype: torch.dtype
     values: Tensor | None
     """Its values in host memory, where a cast loses some."""
-    version: int
-    """Of the tensor after the cast: one that was written to since keeps what was written."""
+
+    def back(self) -> Tensor:
+        """The values to put back: those that were there, unless something else has been written since."""
+        now = self.tensor.data
+        if self.values is not None and torch.equal(self.values.to(now.dtype), now.cpu()):
+            return self.values.to(self.device)
+        return now.to(self.device, self.dtype)
 
 
 class Optimized:
@@ -212,14 +217,12 @@ class Optimized:
             if to is None and not decision.moves:
                 continue
             held.data = held.data.to(device=device.device if decision.moves else None, dtype=to)
-            kept.append(_Kept(held, *was, values, held._version))  # noqa: SLF001
+            kept.append(_Kept(held, *was, values))
 
         def back() -> None:
             for each in kept:
-                untouched = each.values is not None and each.tensor._version == each.version  # noqa: SLF001
-                data = each.values if untouched and each.values is not None else each.tensor.data
-                dtype = each.dtype if self._restorable else each.tensor.dtype
-                each.tensor.data = data.to(device=each.device, dtype=dtype)
+                if self._restorable or each.dtype == each.tensor.dtype:
+                    each.tensor.data = each.back()
 
         self._undo.callback(back)
 

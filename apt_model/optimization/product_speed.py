@@ -41,11 +41,12 @@ def speed_up(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: s
 def _measure(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: str) -> tuple[float, ...]:
     on_gpu = isinstance(device, CudaDevice)
     copies = max(1, min(_MOST_COPIES, _BYTES // (math.prod(shape) * dtype.itemsize))) if on_gpu else 1
-    weights = [torch.randn(shape, device=device.device, dtype=dtype) for _ in range(copies)]
+    source = torch.Generator(device.device).manual_seed(0)  # not the one that the caller draws from
+    weights = [torch.randn(shape, generator=source, device=device.device, dtype=dtype) for _ in range(copies)]
     layers = [FusedFP4Linear.from_weight(weight, None, format=form) for weight in weights]
     ratios = []
     for rows in ROWS:
-        x = torch.randn(rows, shape[1], device=device.device, dtype=dtype)
+        x = torch.randn(rows, shape[1], generator=source, device=device.device, dtype=dtype)
         plain = _seconds(device, lambda x=x: [F.linear(x, weight) for weight in weights])  # type: ignore[misc]
         packed = _seconds(device, lambda x=x: [layer(x) for layer in layers])  # type: ignore[misc]
         ratios.append(plain / packed)
