@@ -26,7 +26,7 @@ class Policy:
     """Linear layers in 4 bits. auto: for speed those that are measured to be faster so, for memory those that are
     frozen, else none. on: all that can be, which freezes them."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of a model's blocks in inference. auto: for speed, where Triton works."""
+    """torch.compile of a model's blocks in inference. auto: for speed, on CUDA, where no layer is in 4 bits."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """CUDA graphs of whole forwards in inference, a shape each. auto: for speed, on CUDA, where a replay is faster."""
     stream: Literal["auto", "on", "off"] = "auto"

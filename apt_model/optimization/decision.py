@@ -111,7 +111,8 @@ class _Deciding:
         if moves:
             self.steps.append(("weights", f"on {self.device.device}", f"{size_text(nbytes)} fit"))
         recompute = self._recompute()
-        compiles = self._compile()
+        has_packed = any(isinstance(each, PackedModule) for each in self.model.modules())
+        compiles = self._compile(packed=has_packed or bool(chosen))
         graphs = self._graphs(streamed=bool(levels))
         return Decision(
             mode=self.policy.mode, model=type(self.model).__name__, device=str(self.device.device),
@@ -246,7 +247,7 @@ class _Deciding:
         self.steps.append(("recompute", {"auto": "if needed"}.get(asked, asked), why))
         return asked
 
-    def _compile(self) -> bool:
+    def _compile(self, *, packed: bool) -> bool:
         asked = self.policy.compile
         if self.training:
             on, why = False, "only in inference"
@@ -254,6 +255,8 @@ class _Deciding:
             on, why = asked == "on", "asked for"
         elif not self.fast:
             on, why = False, f"not in {self.policy.mode} mode"
+        elif packed:
+            on, why = False, "4-bit layers would be compiled anew for each block"
         else:
             on = isinstance(self.device, CudaDevice) and HAS_TRITON
             why = "Triton is there" if on else f"no Triton for {self.device.kind}"

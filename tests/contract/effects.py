@@ -170,9 +170,22 @@ EFFECTS: dict[type, dict[str, list[Effect]]] = {
         "dry_run": [Effect(True, see.quantized)],
     },
     Policy: {
-        "mode": [Effect("balanced", see.under_policy)],
+        "mode": [
+            Effect("balanced", see.decided, {"mode": "speed"}),
+            *(Effect(mode, see.decided, {"mode": "balanced"}) for mode in ("speed", "memory", "full")),
+        ],
         "precision": [Effect("fp32", see.under_policy), Effect("bf16", see.under_policy)],
         "activation_checkpointing": [Effect("on", see.under_policy), Effect("off", see.under_policy)],
+        "fp4": [Effect("on", see.decided), Effect("off", see.decided, {"mode": "memory"})],
+        "compile": [Effect("on", see.decided), Effect("off", see.decided, {"mode": "speed", "fp4": "off"})],
+        "graphs": [Effect("on", see.decided), Effect("off", see.decided, {"mode": "speed"})],
+        "stream": [
+            Effect("on", see.decided, {"mode": "memory"}),
+            Effect("off", see.decided, {"mode": "memory", "device_mb": 0.01}),
+        ],
+        "device_mb": [Effect(0.01, see.decided, {"mode": "memory"})],
+        "host_mb": [Effect(0.01, see.decided, {"mode": "memory", "device_mb": 0.01})],
+        "disk_mb": [Effect(5.0, see.decided, {"mode": "memory", "device_mb": 0.01})],
     },
     FP4Config: {
         "format": [Effect("mxfp4", see.packed)],

@@ -5,6 +5,7 @@ options give the same again.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -25,6 +26,7 @@ from torch import nn
 from apt_model.core.errors import AptError
 from apt_model.core.policy import Policy, set_policy
 from apt_model.core.system.cpu import CpuDevice
+from apt_model.core.system.cuda import CudaDevice
 from apt_model.integrations.quantize_config import REPORT_FILE, QuantizeConfig
 from apt_model.integrations.quantize_files import quantize_folder
 from apt_model.modeling import apt_model as model_module
@@ -32,6 +34,7 @@ from apt_model.modeling.apt_model import APTModel
 from apt_model.modeling.generation_config import GenerationConfig
 from apt_model.modeling.tokenizer import Tokenizer
 from apt_model.ops.fp4 import FP8_ROWS
+from apt_model.optimization import decision
 from apt_model.optimization.convert import quantize
 from apt_model.optimization.fp4_config import FP4Config
 from apt_model.trainer.config import DataConfig, GradientConfig, TrainConfig
@@ -438,6 +441,26 @@ def _loaded(options: Options) -> Any:
 def under_policy(options: Options) -> Any:
     """What a new model does on machines with and without bf16 and memory; without options there is no policy."""
     return [_on_machine(options, machine) for machine in ((True, 2**40), (False, 2**40), (False, 0))]
+
+
+def decided(options: Options) -> Any:
+    """What is done with a frozen model on a GPU with room and Triton, where 4 bits are measured to be faster.
+
+    What each choice then does is shown by tests/unit/test_vb_optimize.py, and on a GPU by tests/gpu.
+    """
+    if not options:
+        return None
+    model = build(decoder_only=True).eval().requires_grad_(False)
+    gpu = CudaDevice()
+    with (
+        mock.patch.object(CudaDevice, "supports_bf16", return_value=True),
+        mock.patch.object(CudaDevice, "free_memory", return_value=2**30),
+        mock.patch.object(CpuDevice, "free_memory", return_value=2**30),
+        mock.patch.object(decision, "speed_up", return_value=(2.0, 2.0, 2.0)),
+        mock.patch.object(decision, "HAS_TRITON", new=True),
+    ):
+        found = decision.decide(model, Policy(**options), gpu)
+    return dataclasses.replace(found, quantized=(), mode="", steps=()), [each.name for each in found.quantized]
 
 
 def _on_machine(options: Options, machine: tuple[bool, int]) -> Any:

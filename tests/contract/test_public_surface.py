@@ -16,13 +16,19 @@ SURFACE = {
     ],
     "apt_model.core.system": ["Device", "Presence", "get_device", "get_device_manager"],
 }  # fmt: skip
+_MODE = "(verbose: bool = True, *, calibrate: bool = False, **options: Any) -> None"
 ONE_LINE = {
-    "enable": "(verbose: bool = True) -> None",
-    "enable_balanced_mode": "(verbose: bool = True) -> None",
+    "enable": _MODE,
+    "enable_balanced_mode": _MODE,
+    "enable_speed_mode": _MODE,
+    "enable_memory_mode": _MODE,
+    "enable_full_optimization": _MODE,
     "disable": "() -> None",
     "is_enabled": "() -> bool",
     "status": "() -> dict[str, typing.Any]",
-    "optimize": "(model: ~M) -> ~M",
+    "stats": "() -> dict[str, typing.Any]",
+    "optimize": "(model: ~M, *, restorable: bool = True) -> ~M",
+    "explain": "(model: Any) -> Any",
 }
 HOMES = {
     "apt_model.modeling.apt_model": ["APTModel", "APTModelConfiguration"],

@@ -40,9 +40,10 @@ def test_it_cannot_be_changed_in_place():
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("mode", "ludicrous", "'balanced'"),
+        ("mode", "ludicrous", "'balanced', 'speed', 'memory', 'full'"),
         ("precision", "fp16", "'auto', 'fp32', 'bf16'"),
         ("activation_checkpointing", True, "'auto', 'on', 'off'"),
+        ("fp4", True, "'auto', 'on', 'off'"),
     ],
 )
 def test_a_value_that_cannot_be_met_is_an_error_that_names_the_option(option, value, expected):
