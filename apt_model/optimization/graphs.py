@@ -361,6 +361,15 @@ class _Graph:
         ]
 
 
+def is_plain(value: object) -> bool:
+    """Whether it is a tensor or a plain value, or a tuple, list or dict of those."""
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    return isinstance(value, (Tensor, *_PLAIN))
+
+
 def bucket_of(size: int) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: at most half as much again."""
     power = 1 << (size - 1).bit_length()

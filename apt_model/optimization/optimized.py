@@ -19,7 +19,7 @@ from apt_model.optimization.convert import packed_of, places_of
 from apt_model.optimization.convert_plan import Candidate, is_conv1d
 from apt_model.optimization.decision import Decision, castable
 from apt_model.optimization.fp4_config import FP4Config
-from apt_model.optimization.graphs import Graphs
+from apt_model.optimization.graphs import Graphs, is_plain
 from apt_model.optimization.recompute import Recompute
 from apt_model.optimization.vgpu_stack import VGPUStack
 from apt_model.optimization.wrapped import WrappedForward
@@ -231,6 +231,7 @@ class Optimized:
             if block._compiled_call_impl is None:  # noqa: SLF001 - nn.Module has no other way to ask
                 block.compile(dynamic=True)
                 self._undo.callback(_uncompile, block)
+                block._compiled_call_impl = _WherePlain(block)  # noqa: SLF001
 
     def _wrap(
         self, model: nn.Module, blocks: list[nn.Module], policy: Policy, decision: Decision, device: Device, *,
@@ -309,6 +310,21 @@ class _Forward(WrappedForward):
     def _cast(self, value: Any) -> Any:
         floats = isinstance(value, Tensor) and value.dtype == torch.float32
         return value.to(self.inputs) if floats else value
+
+
+class _WherePlain:
+    """A block's compiled call for tensors and plain values; with anything else, such as a cache, the block as it is.
+
+    torch.compile makes a program for each state of each layer's cache, which takes minutes and saves nothing.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.plain: Callable[..., Any] = block._call_impl  # noqa: SLF001
+        self.compiled: Any = block._compiled_call_impl  # noqa: SLF001
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        compiles = is_plain(args) and is_plain(kwargs)
+        return self.compiled(*args, **kwargs) if compiles else self.plain(*args, **kwargs)
 
 
 def _uncompile(block: nn.Module) -> None:

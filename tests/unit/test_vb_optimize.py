@@ -521,3 +521,26 @@ def test_fp32_inputs_are_cast_with_the_weights():
     vb.enable_speed_mode(verbose=False, precision="bf16", fp4="off")
     vb.optimize(model)
     assert model(torch.randn(2, 8), shift=torch.randn(2, 8)).dtype == torch.bfloat16
+
+
+def test_a_block_that_is_given_a_cache_is_run_as_it_is(monkeypatch):
+    class Cached(Block):
+        def forward(self, x, cache=None, flags=()):
+            return super().forward(x)
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList(Cached() for _ in range(2))})
+    model.forward = lambda x, **options: model["blocks"][1](model["blocks"][0](x, **options), **options)
+    compiled = []
+
+    def compiles(block, **_):
+        block._compiled_call_impl = lambda *args, **kwargs: compiled.append(block) or block._call_impl(*args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "compile", compiles)
+    vb.enable_speed_mode(verbose=False, compile="on", fp4="off", precision="fp32")
+    vb.optimize(model)
+    x = torch.randn(2, WIDTH)
+    model(x, flags=(1, None, "a", [x]))
+    assert compiled == list(model["blocks"])
+    model(x, cache=object())
+    model(x, flags=({"state": object()},))
+    assert len(compiled) == 2
