@@ -525,7 +525,7 @@ def test_fp32_inputs_are_cast_with_the_weights():
 
 def test_a_block_that_is_given_a_cache_is_run_as_it_is(monkeypatch):
     class Cached(Block):
-        def forward(self, x, cache=None, flags=()):
+        def forward(self, x, **_):
             return super().forward(x)
 
     model = nn.ModuleDict({"blocks": nn.ModuleList(Cached() for _ in range(2))})
