@@ -1,9 +1,10 @@
-"""What an error code means and what to do about it, from the error classes themselves."""
+"""What a code means and what to do about it: of errors from their classes, of the doctor's findings from its table."""
 
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from apt_model.cli.diagnosis.finding import CODES
 from apt_model.core import errors
 
 _ADVICE = {
@@ -30,17 +31,23 @@ _ADVICE = {
 
 def explain(code: str) -> list[dict[str, Any]]:
     """Code, error, exit code, meaning and advice of `code` ('APT-E010', 'e010'); of all codes when it is empty."""
-    known = {kind.code: kind for kind in _tree(errors.AptError)}
+    known = {kind.code: _meaning(kind) for kind in _tree(errors.AptError)}
+    known |= {name: _finding(name) for name in CODES}
     wanted = code.upper() if code.upper().startswith("APT-") or not code else f"APT-{code.upper()}"
     if wanted and wanted not in known:
         raise errors.ConfigError(f"there is no error code {code!r}", remedy=f"known codes: {', '.join(sorted(known))}")
-    return [_meaning(known[name]) for name in sorted(known) if wanted in ("", name)]
+    return [known[name] for name in sorted(known) if wanted in ("", name)]
 
 
 def _tree(kind: type[errors.AptError]) -> Iterator[type[errors.AptError]]:
     yield kind
     for child in kind.__subclasses__():
         yield from _tree(child)
+
+
+def _finding(code: str) -> dict[str, Any]:
+    meaning, advice = CODES[code]
+    return {"code": code, "error": "finding of apt-model doctor", "exit_code": 1, "meaning": meaning, "advice": advice}
 
 
 def _meaning(kind: type[errors.AptError]) -> dict[str, Any]:

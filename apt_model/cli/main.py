@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("apt_model.cli.evaluate", "score held-out text, beside gzip and xz and beside the plain twin"),
     "quantize": ("apt_model.cli.quantize", "turn a saved model's weights into 4-bit floating point"),
     "plan": ("apt_model.cli.plan", "what of a model would live where in GPU, RAM and SSD, and how fast that is"),
+    "doctor": ("apt_model.cli.doctor", "what is broken on this machine, tried and not believed, and what to do"),
     "info": ("apt_model.cli.info", "this version, this machine, and the size of a model"),
 }
 _BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
@@ -85,8 +86,8 @@ def _dispatch(args: list[str]) -> int:
     name = args[at]
     if name not in COMMANDS:
         raise _unknown("command", name, list(COMMANDS))
-    importlib.import_module(COMMANDS[name][0]).run([*args[:at], *args[at + 1 :]])
-    return 0
+    code: int | None = importlib.import_module(COMMANDS[name][0]).run([*args[:at], *args[at + 1 :]])
+    return code or 0
 
 
 def _help() -> str:

@@ -27,4 +27,12 @@ PLAN_CACHE = Variable(
     "APT_PLAN_CACHE", "a folder", "where `apt-model plan --measure` keeps its rates, instead of ~/.cache/apt_model/plan"
 )
 
+PREFIX = "APT_"
+"""Of all of them."""
+
 VARIABLES = (DEVICE, DEBUG, FP4_CACHE, PLAN_CACHE)
+
+
+def environment() -> dict[str, str]:
+    """All variables of the process, ours and others', for what describes it or starts another one."""
+    return dict(os.environ)

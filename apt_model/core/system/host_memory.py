@@ -27,12 +27,14 @@ class HostMemory:
         self._root = root
         self._proc = root / "proc"
 
+    def machine(self) -> int:
+        """The machine's memory, whatever limits there are."""
+        machine = self._fields(self._proc / "meminfo").get("MemTotal")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if machine is None else machine
+
     def total(self) -> int:
         """The machine's memory, or the smallest limit of the control groups around this process."""
-        machine = self._fields(self._proc / "meminfo").get("MemTotal")
-        if machine is None:
-            machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return min([machine, *(limit for _, limit in self._limits())])
+        return min([self.machine(), *(limit for _, limit in self._limits())])
 
     def free(self) -> int | None:
         """What can still be had without swapping, under every limit; None where the system does not say."""
