@@ -56,12 +56,11 @@ def _facts(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         runs = f", runs CUDA {facts['driver_cuda']}" if facts["driver_cuda"] else ""
         yield "driver", f"NVIDIA {facts['driver']}{runs}"
     yield "memory", _memory(facts)
-    if facts["locked_bytes"] is not None:
-        yield "locked", _until(facts["locked_bytes"], facts["tried_bytes"])
-    if facts["pinned_bytes"] is not None:
-        yield "pinned", _until(facts["pinned_bytes"], facts["tried_bytes"])
+    for name in ("locked", "pinned"):
+        if facts[f"{name}_bytes"] is not None:
+            yield name, _until(facts[f"{name}_bytes"], facts[f"{name}_tried_bytes"])
     yield "folder", _folder(facts["folder"])
-    clouds = [service for service, whole in facts["clouds"].items() if whole]
+    clouds = [service for service, whole in facts["clouds"].items() if all(whole.values())]
     yield "clouds", ", ".join(clouds) or "none is set up"
 
 

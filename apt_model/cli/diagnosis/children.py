@@ -55,10 +55,12 @@ class Outcome:
 
     @property
     def place(self) -> str:
-        """Where in Python it was, from the innermost frame of the stack that it wrote last."""
+        """Where in Python it was, from the stack that it wrote last."""
         stack = self.err.rpartition("most recent call first")[2]
         frames = re.findall(r'File "([^"<][^"]*)", line (\d+)', stack)
-        return f"{frames[0][0]}, line {frames[0][1]}" if frames else ""
+        # Python's own library only does what it was called for.
+        outside = [frame for frame in frames if not re.search(r"/lib/python3\.\d+/(?!\w+-packages/)", frame[0])]
+        return next((f"{file}, line {line}" for file, line in [*outside, *frames]), "")
 
 
 class _Child:

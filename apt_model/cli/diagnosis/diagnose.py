@@ -103,6 +103,8 @@ def _judged(
         "nvidia-smi": verdicts.of_smi,
     }  # fmt: skip
     found = [each for name, judge in judges.items() if name in outcomes for each in judge(system, outcomes[name])]
+    if "APT-D06" in known:  # what stands in front of a package is not that package
+        found = [each for each in found if each.code != "APT-D12"]
     known |= {finding.code for finding in found if finding.severity == "broken"}
     if "driver" in outcomes and not known & {"APT-D21", "APT-D22", "APT-D23", "APT-D24"}:
         asked = list(verdicts.of_driver(system, outcomes["driver"]))
@@ -142,14 +144,15 @@ def _facts(system: System, outcomes: dict[str, Outcome], place: Path) -> dict[st
         "memory_free_bytes": system.memory.free(),
         "lock_limit_bytes": memory.lock_limit(system),
         "locked_bytes": stages.get("lock", {}).get("bytes"),
+        "locked_tried_bytes": stages.get("lock", {}).get("bound"),
         "pinned_bytes": stages.get("pinned", {}).get("bytes"),
-        "tried_bytes": memory.bound(system),
+        "pinned_tried_bytes": stages.get("pinned", {}).get("bound"),
         "folder": {
             "path": str(place), "type": what or None, "bytes": total, "free_bytes": free,
             "write_gbps": writing.get("write_gbps"), "read_gbps": writing.get("read_gbps"),
             "direct": writing.get("direct"),
         },
         "clouds": {
-            service: all(system.get(name) for name in names) for service, names in settings.CLOUDS.items()
+            service: {name: bool(system.get(name)) for name in names} for service, names in settings.CLOUDS.items()
         },
     }  # fmt: skip

@@ -27,6 +27,8 @@ _SIDE = 32
 """Of the matrices: sums of products of whole numbers under 7, exact in every type of 10 bits and more."""
 _FILE, _SECONDS = 64 * _MIB, 0.12
 """Most bytes that are written to try a disk, and most time for each direction."""
+_LOCKING = 0.6
+"""Seconds in which memory is locked, or pinned, piece by piece."""
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -184,13 +186,20 @@ def probe_lock(tell: Tell, options: dict[str, Any]) -> None:
 def _until_refused(
     found: dict[str, Any], bound: int, take: Callable[[int, int], str], give: Callable[[int, int], object]
 ) -> None:
-    """Take pieces of fresh memory up to `bound`, halving a piece that is refused; give all of them back."""
+    """Take pieces of fresh memory up to `bound`, halving a piece that is refused; give all of them back.
+
+    When time is up, `bound` is what was reached.
+    """
     import ctypes  # noqa: PLC0415
     import mmap  # noqa: PLC0415
 
     held: list[tuple[int, int, Any]] = []
     piece, total, words = min(32 * _MIB, bound), 0, ""
+    began = time.perf_counter()
     while total < bound and piece >= mmap.PAGESIZE:
+        if time.perf_counter() - began > _LOCKING and not words:
+            bound = total
+            break
         memory = mmap.mmap(-1, piece)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         refusal = take(address, piece)
