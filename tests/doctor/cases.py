@@ -72,7 +72,7 @@ def old_transformers(machine: Machine):
     machine.info("transformers", "4.44.0")
 
 
-@case("APT-D04", "torchvision 0.25.0", "torch==2.10.0", "torch 2.13.0", remedy="--upgrade torchvision 'torch==2.13.0'")
+@case("APT-D04", "torchvision 0.25.0", "torch==2.10.0", "torch 2.13.0", remedy="--upgrade torchvision 'torch==2.13.0")
 def other_torchvision(machine: Machine):
     """torchvision made for another torch"""
     machine.info("torchvision", "0.25.0", "Requires-Dist: numpy\nRequires-Dist: torch (==2.10.0)\n")
@@ -114,13 +114,16 @@ def two_tritons(machine: Machine):
 def numpy_of_another_kind(machine: Machine):
     """A NumPy whose C interface is not the one torch was built for"""
     if machine.real:
-        machine.package("numpy", "__version__ = '1.26.4'\nfrom numpy import core\n")
-        (machine.site / "numpy" / "core.py").write_text("")
-        machine.info("numpy", "1.26.4")
+        # What torch asks for is not there, as in a NumPy of another major version.
+        machine.altered(
+            "numpy", "__init__.py", "\nfrom numpy._core import _multiarray_umath\ndel _multiarray_umath._ARRAY_API\n"
+        )
     else:
         text = (machine.site / "torch" / "__init__.py").read_text()
         refusal = "raise RuntimeError('Numpy is not available')"
-        (machine.site / "torch" / "__init__.py").write_text(text.replace("return self.rows\n\n\nclass dtype", f"{refusal}\n\n\nclass dtype"))
+        (machine.site / "torch" / "__init__.py").write_text(
+            text.replace("return self.rows\n\n\nclass dtype", f"{refusal}\n\n\nclass dtype")
+        )
         machine.package("numpy", "__version__ = '2.4.6'\n")
 
 
@@ -141,7 +144,11 @@ def backend_that_raises(machine: Machine):
     machine.info("some-backend", "1.0", entry_points="[torch.backends]\nbroken_backend = some_backend:start\n")
 
 
-@case("APT-D10", "libcudart.so.130, of NVIDIA's CUDA libraries, is not found", remedy="--force-reinstall 'torch==2.13.0'")
+@case(
+    "APT-D10",
+    "libcudart.so.130, of NVIDIA's CUDA libraries, is not found",
+    remedy="--force-reinstall 'torch==2.13.0+cpu' --extra",
+)
 def no_cudart(machine: Machine):
     """torch misses a library of CUDA (libcudart.so.N)"""
     machine.package("torch", MISSING.format("libcudart.so.130"))
@@ -153,13 +160,23 @@ def tokenizers_without_library(machine: Machine):
     machine.package("tokenizers", MISSING.format("libgomp-nowhere.so.1"))
 
 
-@case("APT-D12", "libtorch_python.so was built for another version", "_ZN3c105ErrorC2E", remedy="--force-reinstall 'torch")
+@case(
+    "APT-D12", "libtorch_python.so was built for another version", "_ZN3c105ErrorC2E", remedy="--force-reinstall 'torch"
+)
 def mixed_torch(machine: Machine):
     """torch's files are of two versions"""
-    machine.package("torch", "raise ImportError('/x/torch/lib/libtorch_python.so: undefined symbol: _ZN3c105ErrorC2E')\n")
+    machine.package(
+        "torch", "raise ImportError('/x/torch/lib/libtorch_python.so: undefined symbol: _ZN3c105ErrorC2E')\n"
+    )
 
 
-@case("APT-D13", "SIGILL", "lacks an instruction", "torch/__init__.py, line 2", remedy="--force-reinstall 'torch==2.13.0'")
+@case(
+    "APT-D13",
+    "SIGILL",
+    "lacks an instruction",
+    "torch/__init__.py, line 2",
+    remedy="--force-reinstall 'torch==2.13.0+cpu' --extra",
+)
 def illegal_instruction(machine: Machine):
     """torch dies of an illegal instruction"""
     machine.package("torch", "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
@@ -180,7 +197,9 @@ def cpu_build(machine: Machine):
     machine.gpu()
 
 
-@case("APT-D09", "CUDA 13.0, which needs driver 580", "CUDA 12.4", "550.54.15", remedy="build for CUDA 12", compiled=True)
+@case(
+    "APT-D09", "CUDA 13.0, which needs driver 580", "CUDA 12.4", "550.54.15", remedy="build for CUDA 12", compiled=True
+)
 def old_driver(machine: Machine):
     """torch's CUDA newer than the driver runs"""
     machine.torch("2.13.0+cu130", cuda="13.0")
@@ -276,7 +295,7 @@ def little_locked(machine: Machine):
     machine.file("proc/self/limits", LIMITS.format(65536, 65536))
 
 
-@case("APT-D32", "/dev/shm", "64 MiB free of 64 MiB", remedy="--shm-size", severity="warning")
+@case("APT-D32", "shared memory (", "64 MiB free of 64 MiB", remedy="--shm-size", severity="warning")
 def little_shared(machine: Machine):
     """A container with Docker's 64 MiB of /dev/shm"""
     machine.file(".dockerenv")
@@ -307,7 +326,9 @@ def disk_in_memory(machine: Machine):
     place = machine.folder / "level"
     place.mkdir()
     machine.given = str(place)
-    machine.file("proc/self/mountinfo", f"25 1 0:22 / / rw - ext4 /dev/sda1 rw\n26 25 0:30 / {place} rw - tmpfs tmpfs rw\n")
+    machine.file(
+        "proc/self/mountinfo", f"25 1 0:22 / / rw - ext4 /dev/sda1 rw\n26 25 0:30 / {place} rw - tmpfs tmpfs rw\n"
+    )
 
 
 @case("APT-D50", "RUNPOD_ENDPOINT_ID is not set", remedy="export RUNPOD_ENDPOINT_ID=", severity="warning")

@@ -12,12 +12,13 @@ from apt_model.cli.diagnosis.system import System
 
 ROOT = Path(__file__).parents[2]
 GIB, MIB = 2**30, 2**20
-STDLIB = tuple(path for path in sys.path if Path(path).is_relative_to(sysconfig.get_path("stdlib")) and "site" not in path)
+STDLIB = tuple(
+    path for path in sys.path if Path(path).is_relative_to(sysconfig.get_path("stdlib")) and "site" not in path
+)
 REAL = Path(sysconfig.get_path("purelib"))
 NVRM = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Jan 14 07:22:00 UTC 2025\nGCC version:  gcc 12\n"
 MEMINFO = "MemTotal:       65536000 kB\nMemAvailable:   60000000 kB\n"
-LIMITS = "Limit                     Soft Limit           Hard Limit           Units     \n" \
-         "Max locked memory         {:<20} {:<20} bytes     \n"  # fmt: skip
+LIMITS = "Limit           Soft Limit    Hard Limit    Units\nMax locked memory         {}      {}      bytes\n"
 MOUNTS = "25 1 0:22 / / rw,relatime - ext4 /dev/sda1 rw\n"
 TORCH = '''
 """Enough of torch for the probes: it computes on lists."""
@@ -145,18 +146,24 @@ class Machine:
 
     def torch(self, version, cuda=None):
         """A torch of that version that works on the CPU, built for that CUDA."""
-        said = f"__version__ = {version!r}\ncuda = {cuda!r}\nhip = None\nxpu = None\ndebug = False\ngit_version = ''\nrocm = None\n"
+        values = {"__version__": version, "cuda": cuda, "hip": None, "xpu": None, "rocm": None, "git_version": ""}
+        said = "debug = False\n" + "".join(f"{name} = {value!r}\n" for name, value in values.items())
         if self.real:
-            real, place = REAL / "torch", self.site / "torch"
-            self.remove(place)
-            place.mkdir()
-            for entry in real.iterdir():
-                if entry.name != "version.py":
-                    (place / entry.name).symlink_to(entry)
+            self.altered("torch", "version.py", said)
         else:
             self.package("torch", TORCH)
-        (self.site / "torch" / "version.py").write_text(said)
+            (self.site / "torch" / "version.py").write_text(said)
         self.info("torch", version)
+
+    def altered(self, name, file, more):
+        """This environment's own package with more at the end of one of its files."""
+        place = self.site / name
+        self.remove(place)
+        place.mkdir()
+        for entry in (REAL / name).iterdir():
+            if entry.name != file:
+                (place / entry.name).symlink_to(entry)
+        (place / file).write_text((REAL / name / file).read_text(encoding="utf-8") + more)
 
     def gpu(self, driver="580.95.05", cuda=13000, init=0, smi='echo "GPU 0: NVIDIA A (UUID: GPU-1)"'):
         """An NVIDIA GPU with its driver."""
@@ -187,7 +194,7 @@ class Machine:
 
     def system(self):
         given = {
-            "environ": self.environ, "paths": (*self.first, str(self.site), *STDLIB), "root": self.root,
+            "variables": self.environ, "paths": (*self.first, str(self.site), *STDLIB), "root": self.root,
             "python": (sys.executable, "-S"), "home": self.folder / "home", "private": (), "uid": 1000,
             "gids": frozenset([1000]), "room": self.room,
         }  # fmt: skip

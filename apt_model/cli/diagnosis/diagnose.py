@@ -64,7 +64,7 @@ def _started(system: System, place: Path) -> Children:
     pairs = [
         (package.name, *pair) for package in system.packages.all for pair in package.entry_points("torch.backends")
     ]  # fmt: skip
-    loads = system.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
+    loads = system.variables.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
     asked = system.get(env.DEVICE.name)
     options = {
         "backends": pairs if loads else [], "asked": asked if asked != "auto" else None,
@@ -80,7 +80,7 @@ def _started(system: System, place: Path) -> Children:
         _probe(children, system, "driver", {})
         tool = system.program("nvidia-smi")
         if tool:
-            children.start("nvidia-smi", [tool, "-L"], system.environ, limit=10.0, patience=2.0)
+            children.start("nvidia-smi", [tool, "-L"], system.variables, limit=10.0, patience=2.0)
     _probe(children, system, "lock", {"bound": memory.bound(system)})
     if place.is_dir():
         _probe(children, system, "disk", {"folder": str(place)})
@@ -90,7 +90,7 @@ def _started(system: System, place: Path) -> Children:
 def _probe(children: Children, system: System, name: str, options: dict[str, Any], **environ: str) -> None:
     told = json.dumps({"paths": list(system.paths), **options})
     command = (*system.python, probe_script.__file__, name, told)
-    children.start(name, command, {**system.environ, **environ}, limit=_LIMIT, patience=_START)
+    children.start(name, command, {**system.variables, **environ}, limit=_LIMIT, patience=_START)
 
 
 def _judged(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from apt_model.cli.diagnosis.finding import Finding, Severity
+from apt_model.cli.diagnosis.installed import BUILDS
 from apt_model.cli.diagnosis.system import System
 
 DRIVER_FILE = "/proc/driver/nvidia/version"
@@ -16,7 +17,6 @@ _NVIDIA, _DISPLAY = "0x10de", "0x03"
 _LEAST_DRIVER = ((13, 580), (12, 525), (11, 450))
 """Major versions of CUDA, and of the oldest driver that runs them."""
 _FITTING = "uv pip install --torch-backend=auto --reinstall-package torch torch"
-_INDEX = "https://download.pytorch.org/whl"
 
 
 def driver_version(system: System) -> str | None:
@@ -47,17 +47,17 @@ def is_there(system: System) -> bool:
 
 def wants_cuda(system: System) -> bool:
     """Whether the torch that is installed was built for NVIDIA GPUs."""
-    return system.packages.torch is not None and system.packages.torch.cuda is not None
+    return system.packages.torch is not None and system.packages.install.cuda is not None
 
 
 def build(system: System) -> Iterator[Finding]:
     """A torch without CUDA on a machine with an NVIDIA GPU."""
-    torch = system.packages.torch
+    install = system.packages.torch
     other = system.packages.get("torch-npu")
-    if torch and is_there(system) and not (torch.cuda or torch.hip or torch.xpu or other):
+    if install and is_there(system) and not (install.cuda or install.hip or install.xpu or other):
         driver = driver_version(system)
         yield Finding(
-            "APT-D08", "broken", f"torch {torch.version} was built without CUDA, and there is an NVIDIA GPU",
+            "APT-D08", "broken", f"torch {install.version} was built without CUDA, and there is an NVIDIA GPU",
             f"driver {driver}, {', '.join(path.name for path in nodes(system)) or 'GPU through Windows'}",
             _reinstall(system, _cuda_of(driver)),
         )  # fmt: skip
@@ -65,16 +65,16 @@ def build(system: System) -> Iterator[Finding]:
 
 def age(system: System, says: str | None) -> Iterator[Finding]:
     """A driver that is too old for torch's CUDA. `says`: the newest CUDA that the driver itself claims to run."""
-    torch, driver = system.packages.torch, driver_version(system)
+    install, driver = system.packages.torch, driver_version(system)
     newest = _major(says) or _cuda_of(driver)
-    built = _major(torch.cuda if torch else None)
-    if torch is None or built is None or newest is None or built <= newest:
+    built = _major(install.cuda if install else None)
+    if install is None or built is None or newest is None or built <= newest:
         return
     least = dict(_LEAST_DRIVER).get(built)
     needs = f", which needs driver {least} or later" if least else ""
     yield Finding(
         "APT-D09", "broken",
-        f"torch {torch.version} was built with CUDA {torch.cuda}{needs}; this driver runs CUDA {says or newest}",
+        f"torch {install.version} was built with CUDA {install.cuda}{needs}; this driver runs CUDA {says or newest}",
         f"driver {driver or 'unknown'}", _reinstall(system, newest),
     )  # fmt: skip
 
@@ -93,7 +93,7 @@ def _reinstall(system: System, cuda: int | None) -> str:
     """As uv chooses the build by the driver; the index of builds is for who looks for one by hand."""
     python = shlex.quote(system.python[0])
     hint = f" for CUDA {cuda}" if cuda else ""
-    return f"{system.pip} install uv && {python} -m {_FITTING}  # takes a build{hint} from {_INDEX}"
+    return f"{system.pip} install uv && {python} -m {_FITTING}  # takes a build{hint} from {BUILDS}"
 
 
 def driver(system: System) -> Iterator[Finding]:
@@ -147,13 +147,13 @@ def _group(number: int) -> str:
 
 def hidden(system: System) -> Iterator[Finding]:
     """Variables that hide every GPU."""
-    torch = system.packages.torch
+    install = system.packages.torch
     count = len(nodes(system))
     for name, wanted in (
-        ("CUDA_VISIBLE_DEVICES", bool(torch and torch.cuda and is_there(system))),
-        ("HIP_VISIBLE_DEVICES", bool(torch and torch.hip)),
+        ("CUDA_VISIBLE_DEVICES", bool(install and install.cuda and is_there(system))),
+        ("HIP_VISIBLE_DEVICES", bool(install and install.hip)),
     ):
-        value = system.environ.get(name)
+        value = system.variables.get(name)
         if not wanted or value is None:
             continue
         first = value.split(",")[0].strip()

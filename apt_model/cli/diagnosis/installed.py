@@ -12,6 +12,8 @@ TRITONS = (
     "pytorch-triton", "pytorch-triton-xpu", "pytorch-triton-rocm",
 )  # fmt: skip
 """Packages that bring a folder triton/."""
+BUILDS = "https://download.pytorch.org/whl"
+"""Where torch's builds for all platforms are."""
 _TIED = ("torchvision", "torchaudio", "torch-npu", "transformers", "peft", "accelerate", "torch")
 """Whose requirements are looked at."""
 _BASES = ("torch", "numpy", "triton", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface-hub")
@@ -93,7 +95,15 @@ def _together(system: System, package: Package, have: Package) -> str:
     if package.name == "torch":
         need = next(each for each in package.requirements() if each.name == have.name)
         return f"{system.pip} install '{need.name}{need.versions}'"
-    return f"{system.pip} install --upgrade {package.name} '{have.name}=={have.version.partition('+')[0]}'"
+    return f"{system.pip} install --upgrade {package.name} {exactly(have)}"
+
+
+def exactly(package: Package) -> str:
+    """What pip takes for this very build; a torch for another platform than pip's index has is on torch's own."""
+    version, _, local = package.version.partition("+")
+    if not local:
+        return f"'{package.name}=={version}'"
+    return f"'{package.name}=={version}+{local}' --extra-index-url {BUILDS}/{local}"
 
 
 def doubled(system: System) -> Iterator[Finding]:
@@ -138,8 +148,8 @@ def tritons(system: System) -> Iterator[Finding]:
     if len(found) > 1:
         names = " ".join(package.name for package in found)
         keep = next((package for package in found if package.name != "triton"), found[0])
-        torch = system.packages.torch
-        if torch and torch.cuda and system.packages.get("triton"):
+        install = system.packages.torch
+        if install and install.cuda and system.packages.get("triton"):
             keep = next(package for package in found if package.name == "triton")
         yield Finding(
             "APT-D07", "broken",

@@ -30,7 +30,7 @@ def clouds(system: System) -> Iterator[Finding]:
                 f"set: {', '.join(there)}", "; ".join(f"export {name}=..." for name in lacking),
             )  # fmt: skip
         for name in there:
-            if name.endswith("_ENDPOINT") and not _is_safe(system.environ[name]):
+            if name.endswith("_ENDPOINT") and not _is_safe(system.variables[name]):
                 yield Finding(
                     "APT-D51", "warning", f"{name} does not begin with https://, or names no host",
                     "its value is not shown", f"export {name}=https://HOST/PATH",
@@ -54,7 +54,7 @@ def _is_safe(address: str) -> bool:
 def unknown(system: System) -> Iterator[Finding]:
     """Variables of our prefix that nothing reads."""
     known = {variable.name.removeprefix(env.PREFIX): variable.name for variable in env.VARIABLES}
-    for name in sorted(system.environ):
+    for name in sorted(system.variables):
         rest = name.removeprefix(env.PREFIX)
         if rest == name or rest in known:
             continue

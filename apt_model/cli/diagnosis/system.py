@@ -25,7 +25,7 @@ class System:
     """A machine, an environment and a Python.
 
     Args:
-        environ: environment variables.
+        variables: of the environment.
         paths: where Python looks for modules, in its order.
         python: the command that starts this Python.
         root: where /proc, /sys, /dev and the like are looked for.
@@ -38,7 +38,7 @@ class System:
         room: bytes of the file system of a path, and free ones.
     """
 
-    environ: Mapping[str, str]
+    variables: Mapping[str, str]
     paths: tuple[str, ...]
     python: tuple[str, ...] = (sys.executable,)
     root: Path = Path("/")
@@ -80,11 +80,11 @@ class System:
 
     def get(self, name: str) -> str | None:
         """An environment variable, None when it is unset or empty."""
-        return self.environ.get(name) or None
+        return self.variables.get(name) or None
 
     def program(self, name: str) -> str | None:
         """Where a program is found."""
-        return shutil.which(name, path=self.environ.get("PATH", ""))
+        return shutil.which(name, path=self.variables.get("PATH", ""))
 
     @functools.cached_property
     def in_container(self) -> bool:
@@ -109,5 +109,5 @@ def here() -> System:
     """The machine, environment and Python of this process."""
     names = (env.environment().get(name, "") for name in ("USER", "LOGNAME", "USERNAME", "HOSTNAME"))
     return System(
-        environ=env.environment(), paths=tuple(sys.path), private=tuple({*names, socket.gethostname()} - {""})
+        variables=env.environment(), paths=tuple(sys.path), private=tuple({*names, socket.gethostname()} - {""})
     )

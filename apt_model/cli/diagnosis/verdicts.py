@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from apt_model.cli.diagnosis import gpu, memory
+from apt_model.cli.diagnosis import gpu, installed, memory
 from apt_model.cli.diagnosis.children import Outcome
 from apt_model.cli.diagnosis.finding import Finding
 from apt_model.cli.diagnosis.system import System
@@ -248,8 +248,7 @@ def _versions(system: System, *names: str) -> str:
 
 def _again(system: System, name: str) -> str:
     package = system.packages.get(name)
-    version = f"=={package.version.partition('+')[0]}" if package else ""
-    return f"{system.pip} install --force-reinstall '{name}{version}'"
+    return f"{system.pip} install --force-reinstall {installed.exactly(package) if package else name}"
 
 
 def _short(words: str) -> str:
