@@ -226,13 +226,18 @@ def test_a_driver_without_its_library(machine):
 # Processes.
 
 
+@pytest.fixture
+def children():
+    with Children() as started:
+        yield started
+
+
 def python(children, name, code, **limits):
     environ = {"PATH": os.environ["PATH"]}
     children.start(name, [sys.executable, "-S", "-c", code], environ, **{"limit": 20.0, "patience": 0.4, **limits})
 
 
-def test_one_that_sleeps_is_stopped_and_one_that_works_is_waited_for():
-    children = Children()
+def test_one_that_sleeps_is_stopped_and_one_that_works_is_waited_for(children):
     began = time.perf_counter()
     python(children, "sleeps", "import time; time.sleep(60)")
     python(children, "works", "import time\nend = time.process_time() + 1\nwhile time.process_time() < end: pass")
@@ -246,8 +251,7 @@ def test_one_that_sleeps_is_stopped_and_one_that_works_is_waited_for():
     assert time.perf_counter() - began < 20
 
 
-def test_what_a_process_started_does_not_outlive_it():
-    children = Children()
+def test_what_a_process_started_does_not_outlive_it(children):
     inner = (
         "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
         "print(p.pid, flush=True)"
@@ -261,6 +265,14 @@ def test_what_a_process_started_does_not_outlive_it():
     assert not _runs(int(told.out))
 
 
+def test_a_check_that_fails_leaves_no_process_behind():
+    with pytest.raises(RuntimeError), Children() as started:
+        python(started, "sleeps", "import time; time.sleep(60)", patience=60.0)
+        process = started._children[0].process
+        raise RuntimeError
+    assert process.returncode == -9
+
+
 def _runs(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -268,8 +280,7 @@ def _runs(pid):
         return False
 
 
-def test_a_flood_of_words_does_not_block():
-    children = Children()
+def test_a_flood_of_words_does_not_block(children):
     python(children, "flood", "import sys\nfor _ in range(300): sys.stderr.write('x' * 65536)")
     told = children.wait()["flood"]
     assert told.end == "exit"

@@ -126,6 +126,9 @@ class _Child:
         self.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # the system may hold it in a driver for ever
             self.process.wait(timeout=4 * _TICK)
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
         outcome, code = self.outcome, self.process.returncode
         outcome.seconds = (self.ended or time.perf_counter()) - self.began
         outcome.out, outcome.err = (self.told[name].decode("utf-8", "replace") for name in ("out", "err"))
@@ -143,7 +146,7 @@ class _Child:
 
 
 class Children:
-    """Processes that were started, and what they wrote."""
+    """Processes that were started, and what they wrote; leaving the block ends those that still run."""
 
     def __init__(self) -> None:
         self._children: list[_Child] = []
@@ -170,24 +173,23 @@ class Children:
             self._selector.register(pipe, selectors.EVENT_READ, (child, stream))
 
     def wait(self) -> dict[str, Outcome]:
-        """Wait for all of them; none is left behind, whatever happens here."""
-        try:
-            while not all(child.done for child in self._children):
-                self._hear(_TICK)
-                now = time.perf_counter()
-                for child in self._children:
-                    if child.ended is None:
-                        child.look(now)
-        finally:
-            outcomes = [child.close() for child in self._children]
-            for key in list(self._selector.get_map().values()):
-                self._selector.unregister(key.fileobj)
-            self._selector.close()
+        """Wait for all of them."""
+        while not all(child.done for child in self._children):
+            self._hear(_TICK)
+            now = time.perf_counter()
             for child in self._children:
-                for pipe in (child.process.stdout, child.process.stderr):
-                    assert pipe is not None
-                    pipe.close()
-        return {outcome.name: outcome for outcome in [*outcomes, *self._absent]}
+                if child.ended is None:
+                    child.look(now)
+        return {outcome.name: outcome for outcome in [*(child.close() for child in self._children), *self._absent]}
+
+    def __enter__(self) -> "Children":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave none behind, whatever happened."""
+        for child in self._children:
+            child.close()
+        self._selector.close()
 
     def _hear(self, seconds: float) -> None:
         if not self._selector.get_map():

@@ -42,11 +42,13 @@ def diagnose(system: System, folder: str | None = None, *, quick: bool = False) 
     """Look at everything; `quick` starts no process, and so believes what files say."""
     began = time.perf_counter()
     place = disk.folder(system, folder)
-    children = None if quick else _started(system, place)
-    found = list(itertools.chain.from_iterable(check(system) for check in (*installed.CHECKS, *gpu.CHECKS)))
-    found += itertools.chain.from_iterable(check(system) for check in (*memory.CHECKS, *settings.CHECKS))
-    found += disk.checks(system, place, given=folder is not None)
-    outcomes = children.wait() if children else {}
+    with Children() as children:
+        if not quick:
+            _start(children, system, place)
+        checks = (*installed.CHECKS, *gpu.CHECKS, *memory.CHECKS, *settings.CHECKS)
+        found = list(itertools.chain.from_iterable(check(system) for check in checks))
+        found += disk.checks(system, place, given=folder is not None)
+        outcomes = children.wait()
     driver = outcomes.get("driver")
     found += gpu.age(system, driver.stage("driver").get("cuda") if driver else None)
     found += _judged(system, outcomes, found, place, given=folder is not None)
@@ -58,9 +60,8 @@ def diagnose(system: System, folder: str | None = None, *, quick: bool = False) 
     return Diagnosis(findings=found, facts=facts, probes=probes, seconds=time.perf_counter() - began)
 
 
-def _started(system: System, place: Path) -> Children:
+def _start(children: Children, system: System, place: Path) -> None:
     """Start every probe; torch, which takes longest, first."""
-    children = Children()
     pairs = [
         (package.name, *pair) for package in system.packages.all for pair in package.entry_points("torch.backends")
     ]  # fmt: skip
@@ -84,7 +85,6 @@ def _started(system: System, place: Path) -> Children:
     _probe(children, system, "lock", {"bound": memory.bound(system)})
     if place.is_dir():
         _probe(children, system, "disk", {"folder": str(place)})
-    return children
 
 
 def _probe(children: Children, system: System, name: str, options: dict[str, Any], **environ: str) -> None:

@@ -47,7 +47,7 @@ def is_there(system: System) -> bool:
 
 def wants_cuda(system: System) -> bool:
     """Whether the torch that is installed was built for NVIDIA GPUs."""
-    return system.packages.torch is not None and system.packages.install.cuda is not None
+    return system.packages.torch is not None and system.packages.torch.cuda is not None
 
 
 def build(system: System) -> Iterator[Finding]:
