@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 _TICK = 0.05
 _LAST_WORDS = 0.15
@@ -145,6 +145,7 @@ class _Child:
         return outcome
 
 
+@final
 class Children:
     """Processes that were started, and what they wrote; leaving the block ends those that still run."""
 
