@@ -87,7 +87,7 @@ def two_torches(machine: Machine):
 @case("APT-D06", "experiments/torch.py", "hides the installed package", remedy="mv ")
 def shadowed_torch(machine: Machine):
     """A torch.py of the user's on PYTHONPATH"""
-    folder = machine.folder / "experiments"
+    folder = machine.folder / "my experiments"
     folder.mkdir()
     (folder / "torch.py").write_text("print('learning torch')\n")
     machine.first.append(str(folder))

@@ -3,6 +3,7 @@
 For the guide's table, with the torch of this environment: python tests/doctor/test_doctor_broken.py
 """
 
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -40,6 +41,8 @@ def test_the_cause_is_named_and_nothing_else_is_blamed(name, tmp_path):
     made = diagnose(machine.system(), machine.given)
     assert judged(name, made) is None
     print(f"{name}: {made.seconds:.2f} s")
+    for each in made.findings:
+        subprocess.run(["bash", "-n", "-c", each.remedy], check=True)  # noqa: S607 - it can be pasted
     assert all(each["end"] in ("exit", "signal", "idle") for each in made.probes), "a probe ran into the limit of time"
     assert list(machine.tmp.iterdir()) == [], "a file was left behind"
 

@@ -1,5 +1,6 @@
 """Checks of what is installed: packages that are missing, old, doubled, shadowed or made for one another's others."""
 
+import shlex
 from collections.abc import Iterator
 
 from apt_model.cli.diagnosis.finding import Finding, Severity
@@ -131,7 +132,8 @@ def shadowed(system: System) -> Iterator[Finding]:
         if first.parent != package.site and any(place.is_relative_to(package.site) for place in places):
             yield Finding(
                 "APT-D06", "broken", f"'import {name}' takes {first}, which hides the installed package",
-                f"{name} {package.version} is in {package.site}", f"mv {first} {first}.hidden",
+                f"{name} {package.version} is in {package.site}",
+                f"mv {shlex.quote(str(first))} {shlex.quote(f'{first}.hidden')}",
             )  # fmt: skip
     copies = list(dict.fromkeys(place.parent.resolve() for place in system.packages.modules("apt_model")))
     if len(copies) > 1:
