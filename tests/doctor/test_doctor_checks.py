@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from machines import GIB, LIMITS, MIB, OURS, Machine
 
+import apt_model.core.system as core_system
 from apt_model.cli.diagnosis import disk, gpu, installed, memory, probe, settings, verdicts
 from apt_model.cli.diagnosis.children import Children, Outcome
 from apt_model.cli.diagnosis.diagnose import diagnose
 from apt_model.cli.diagnosis.finding import CODES, SEVERITIES
 from apt_model.cli.diagnosis.packages import fits
 from apt_model.cli.diagnosis.redact import redacted
+from apt_model.core.errors import DeviceError
 
 
 @pytest.fixture
@@ -307,6 +309,30 @@ def test_memory_is_taken_until_it_is_refused_and_given_back():
     probe._until_refused(found, 200 * MIB, take, lambda address, _: held.pop(address))
     assert held == {}
     assert (found["bytes"], found["bound"], found["words"]) == (most, 200 * MIB, "refused")
+
+
+class _Pinned:
+    """A device that pins so many bytes."""
+
+    def __init__(self, most):
+        self.most, self.held = most, {}
+
+    def register_host(self, address, nbytes):
+        if sum(self.held.values()) + nbytes > self.most:
+            raise DeviceError("cuda: pinning: out of memory")
+        self.held[address] = nbytes
+
+    def unregister_host(self, address):
+        del self.held[address]
+
+
+def test_memory_is_pinned_through_the_device_until_it_refuses(monkeypatch):
+    device = _Pinned(48 * MIB)
+    monkeypatch.setattr(core_system, "get_device_manager", lambda _: device)
+    found = {}
+    probe._pin(found, 128 * MIB)
+    assert device.held == {}
+    assert found == {"bytes": 48 * MIB, "bound": 128 * MIB, "words": "cuda: pinning: out of memory"}
 
 
 # Disk.
