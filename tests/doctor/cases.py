@@ -122,7 +122,7 @@ def numpy_of_another_kind(machine: Machine):
         text = (machine.site / "torch" / "__init__.py").read_text()
         refusal = "raise RuntimeError('Numpy is not available')"
         (machine.site / "torch" / "__init__.py").write_text(
-            text.replace("return self.rows\n\n\nclass dtype", f"{refusal}\n\n\nclass dtype")
+            text.replace("def numpy(self):\n        return self.rows", f"def numpy(self):\n        {refusal}")
         )
         machine.package("numpy", "__version__ = '2.4.6'\n")
 
