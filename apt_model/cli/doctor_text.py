@@ -6,6 +6,8 @@ from typing import Any
 from apt_model.cli import output
 from apt_model.cli.diagnosis.diagnose import Diagnosis
 
+_LABEL = len("APT-D00 warning")
+
 
 def tell(made: Diagnosis, *, quick: bool, hints: bool) -> None:
     """The verdict first, then findings, then facts, then what to do next."""
@@ -15,8 +17,8 @@ def tell(made: Diagnosis, *, quick: bool, hints: bool) -> None:
         rows.append((f"{finding.code} {finding.severity}", finding.cause))
         rows += [("  found", finding.figure)] if finding.figure else []
         rows += [("  remedy", finding.remedy)] if finding.remedy else []
-    if rows:
-        output.write_facts(rows)
+    # Not in a table, whose frame would break a remedy that is copied.
+    output.write("".join(f"  {name:<{_LABEL}}  {text}\n" for name, text in rows))
     output.write_facts(list(_facts(made.facts)), "what is there" if quick else "what is there, as measured")
     if hints:
         output.write_hints(*_next(made, quick=quick))

@@ -118,11 +118,12 @@ def test_a_code_is_explained(capfd):
     assert "hides the cause" in out
 
 
-def test_on_a_terminal_a_table_is_drawn(call, tmp_path, monkeypatch):
+def test_on_a_terminal_facts_are_drawn_and_remedies_can_be_copied(call, tmp_path, monkeypatch):
     from apt_model.cli import output
 
     drawn = []
     monkeypatch.setattr(output.sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(output, "_draw", lambda _, rows: drawn.append(rows))
-    call(build("misspelt_variable", tmp_path / "m"), "--quick")
-    assert [rows[0][0] for rows in drawn] == ["APT-D60 warning", "python"]
+    _, out, _ = call(build("misspelt_variable", tmp_path / "m"), "--quick")
+    assert [rows[0][0] for rows in drawn] == ["python"]
+    assert re.search(r'^    remedy  +export APT_DEVICE="\$APT_DEVCIE"; unset APT_DEVCIE$', out, flags=re.MULTILINE)

@@ -145,6 +145,14 @@ def test_rights_follow_owner_group_and_mode(machine, mode, owner, open_):
     assert codes(gpu.rights(machine.system())) == [] if open_ else ["APT-D23"]
 
 
+def test_a_device_that_this_torch_has_no_use_for_may_be_closed(machine):
+    path = machine.file("dev/kfd", mode=0o600)
+    machine.changes |= {"uid": path.stat().st_uid + 1, "gids": frozenset()}
+    assert [each.severity for each in gpu.rights(machine.system())] == ["note"]
+    (machine.site / "torch" / "version.py").write_text("__version__ = '2.13.0'\nhip: str = '7.1'\n")
+    assert [each.severity for each in gpu.rights(machine.system())] == ["broken"]
+
+
 def test_a_cpu_torch_in_a_container_without_gpu_is_no_fault(machine):
     machine.file("proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue\n")
     machine.file(".dockerenv")

@@ -128,9 +128,12 @@ def rights(system: System) -> Iterator[Finding]:
     closed = [path for path in [*nodes(system), *common] if not system.may_open(path)]
     if closed:
         groups = sorted({_group(path.stat().st_gid) for path in closed})
+        install = system.packages.torch
+        uses = ("kfd",) if install and install.hip else ("nvidia",) if wants_cuda(system) else ()
+        wanted = any(path.name.startswith(uses) for path in closed)
         modes = ", ".join(f"/dev/{path.name} {path.stat().st_mode & 0o777:o}" for path in closed)
         yield Finding(
-            "APT-D23", "broken" if nodes(system) or system.at("/dev/kfd").exists() else "warning",
+            "APT-D23", "broken" if wanted else "note",
             f"this user may not open {', '.join(f'/dev/{path.name}' for path in closed)}", f"modes: {modes}",
             f'sudo usermod -aG {",".join(groups)} "$USER"  # and log in again',
         )  # fmt: skip
