@@ -26,6 +26,15 @@ _ADVICE = {
     "APT-E070": "Raise the capacity to the figure in the message, or take smaller blocks, fewer slots or fewer bits.",
     "APT-E071": "What is on disk is not what was written, or could not be written: see that the disk has room and is "
     "sound. Weights that came from files of yours are still there; a store of tensors has lost the one named.",
+    "APT-E080": "`apt-model cloud test` makes a round trip to each endpoint and says which hop failed. With "
+    "fallback_local=True the layer computes here instead.",
+    "APT-E081": "Raise the deadline, or see with `apt-model cloud test` how long a round trip takes.",
+    "APT-E082": "The message says what the server said: a key that it does not take, weights that it does not hold "
+    "(`apt-model cloud push`), or a body above its limit.",
+    "APT-E083": "The server holds other weights than this process, or changed an answer. `apt-model cloud push` sends "
+    "them again; until then compute locally.",
+    "APT-E084": "What was sent is not the Open Inference Protocol v2 with its binary tensor extension, or too large: "
+    "see what stands between client and server.",
 }
 
 

@@ -11,7 +11,12 @@
     |-- MissingExtraError (ImportError)  APT-E050  an optional package is needed and not installed
     |-- InterruptedRun                   APT-E060  stopped from outside; the work so far is saved
     |-- CapacityError (RuntimeError)     APT-E070  something does not fit into a level of memory
-    `-- StorageError (RuntimeError)      APT-E071  bytes on disk cannot be written, read or trusted
+    |-- StorageError (RuntimeError)      APT-E071  bytes on disk cannot be written, read or trusted
+    `-- CloudError (RuntimeError)        APT-E080  an accelerator elsewhere could not compute
+        |-- DeadlineError                APT-E081  it did not answer in time
+        |-- RefusedError                 APT-E082  it answered, and will answer the same again: a key, a model, a limit
+        |-- IntegrityError               APT-E083  it answered numbers that are not the weights' product
+        `-- WireError                    APT-E084  bytes that are not the protocol's, or beyond its limits
 
 The message says what was expected and what came; `state` says what became of the work; `remedy` is what to do, as a
 command or an edit that works when pasted. Foreign exceptions are mapped where they enter, with `raise ... from`.
@@ -116,3 +121,34 @@ class StorageError(AptError, RuntimeError):
 
     code = "APT-E071"
     exit_code = 3
+
+
+class CloudError(AptError, RuntimeError):
+    """An accelerator elsewhere could not compute; the message names the endpoint, never a key."""
+
+    code = "APT-E080"
+    exit_code = 8
+
+
+class DeadlineError(CloudError):
+    """A forward's deadline passed, all attempts included, before an answer was there."""
+
+    code = "APT-E081"
+
+
+class RefusedError(CloudError):
+    """A server answered that it will not do this, and asking again will not help: the message says what it said."""
+
+    code = "APT-E082"
+
+
+class IntegrityError(CloudError):
+    """A server's answer failed the check against the local weights; it was not used."""
+
+    code = "APT-E083"
+
+
+class WireError(CloudError):
+    """A message is not one of the Open Inference Protocol, or is beyond the limits set for it."""
+
+    code = "APT-E084"

@@ -1,0 +1,1 @@
+"""Layers and blocks that compute elsewhere, and fall back here. Importing this loads no torch."""

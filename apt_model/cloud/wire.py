@@ -1,0 +1,293 @@
+"""Tensors on the wire: the Open Inference Protocol v2 and its binary tensor extension. Pure, without torch and numpy.
+
+A message is JSON, followed by the bytes of its tensors in their order, little endian, rows first, without padding; the
+header `Inference-Header-Content-Length` says how long the JSON is. A tensor may stand in the JSON as numbers instead.
+Nothing is allocated by what a message claims: sizes are bounded and compared with the bytes that are there, first.
+
+Sources: the protocol, kserve/open-inference-protocol (2025-05); the extension, triton-inference-server, "Binary tensor
+data extension" (2026-08).
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from apt_model.core.errors import WireError
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+SIZES = {
+    "BOOL": 1, "UINT8": 1, "UINT16": 2, "UINT32": 4, "UINT64": 8, "INT8": 1, "INT16": 2, "INT32": 4, "INT64": 8,
+    "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8,
+}  # fmt: skip
+"""Bytes of an element, by the protocol's name of its type. BYTES, of no fixed size, is not one of ours."""
+# How struct writes one; bf16 it does not know, and the protocol wants it in bytes.
+_LETTERS = {
+    "BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q", "INT8": "b", "INT16": "h", "INT32": "i",
+    "INT64": "q", "FP16": "e", "FP32": "f", "FP64": "d",
+}  # fmt: skip
+_FLOATS = ("FP16", "FP32", "FP64")
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a message may be; what is beyond is refused before memory is taken for it."""
+
+    body_bytes: int = 64 << 20
+    json_bytes: int = 1 << 20
+    tensors: int = 16
+    rank: int = 8
+    elements: int = 1 << 28
+    name_bytes: int = 256
+
+
+class WireTensor(NamedTuple):
+    """A tensor as it travels."""
+
+    name: str
+    datatype: str
+    """One of `SIZES`."""
+    shape: tuple[int, ...]
+    data: Buffer
+    """Little endian, rows first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """A request or an answer of `infer`."""
+
+    tensors: tuple[WireTensor, ...]
+    """Inputs of a request, outputs of an answer."""
+    id: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    wanted: tuple[str, ...] = ()
+    """Of a request: the outputs asked for; none are all."""
+    binary: bool = True
+    """Of a request: whether the answer's tensors are to come as bytes."""
+    model: str | None = None
+    """Of an answer."""
+    version: str | None = None
+    """Of an answer."""
+
+
+def encode_request(message: Message) -> tuple[list[Buffer], int]:
+    """The parts of a request's body, JSON first, and the length of that. Tensors' bytes are not copied."""
+    head: dict[str, Any] = {
+        "inputs": [_described(each) for each in message.tensors],
+        "parameters": {**message.parameters, "binary_data_output": message.binary},
+    }
+    if message.id is not None:
+        head["id"] = message.id
+    if message.wanted:
+        head["outputs"] = [{"name": name} for name in message.wanted]
+    return _parts(head, message.tensors)
+
+
+def encode_response(message: Message) -> tuple[list[Buffer], int]:
+    """The parts of an answer's body, JSON first, and the length of that; with `binary` false all is JSON."""
+    head: dict[str, Any] = {"model_name": message.model, "outputs": []}
+    if message.version is not None:
+        head["model_version"] = message.version
+    if message.id is not None:
+        head["id"] = message.id
+    if message.parameters:
+        head["parameters"] = dict(message.parameters)
+    if message.binary:
+        head["outputs"] = [_described(each) for each in message.tensors]
+        return _parts(head, message.tensors)
+    head["outputs"] = [
+        {"name": each.name, "datatype": each.datatype, "shape": list(each.shape), "data": numbers_of(each)}
+        for each in message.tensors
+    ]
+    return _parts(head, ())
+
+
+def decode_request(body: Buffer, json_length: int | None, limits: Limits) -> Message:
+    """A request's message; its tensors are views of `body`.
+
+    Args:
+        body: all of it.
+        json_length: what `Inference-Header-Content-Length` says; None where there is no such header: all is JSON.
+        limits: what is refused.
+
+    Raises:
+        WireError: what was expected, and what came.
+    """
+    head, rest = _split(body, json_length, limits)
+    parameters = _object(head.get("parameters", {}), "parameters")
+    wanted = tuple(
+        _name(_object(each, "an output"), limits) for each in _array(head.get("outputs", []), "outputs", limits)
+    )
+    binary = parameters.get("binary_data_output", False)
+    return Message(
+        tensors=_tensors(head, "inputs", rest, limits), id=_text(head, "id"), wanted=wanted, binary=binary is True,
+        parameters={name: value for name, value in parameters.items() if name != "binary_data_output"},
+    )  # fmt: skip
+
+
+def decode_response(body: Buffer, json_length: int | None, limits: Limits) -> Message:
+    """An answer's message; as `decode_request`."""
+    head, rest = _split(body, json_length, limits)
+    return Message(
+        tensors=_tensors(head, "outputs", rest, limits), id=_text(head, "id"), model=_text(head, "model_name"),
+        version=_text(head, "model_version"), parameters=_object(head.get("parameters", {}), "parameters"),
+    )  # fmt: skip
+
+
+def numbers_of(tensor: WireTensor) -> list[Any]:
+    """The elements as a flat list, for an answer in JSON. `WireError` for bf16, which only travels as bytes."""
+    letter = _LETTERS.get(tensor.datatype)
+    if letter is None:
+        raise WireError(
+            f"{tensor.name}: {tensor.datatype} cannot stand in JSON", remedy="ask for binary_data_output: true"
+        )
+    found = list(struct.unpack(f"<{math.prod(tensor.shape)}{letter}", tensor.data))
+    if tensor.datatype in _FLOATS and not all(map(math.isfinite, found)):
+        raise WireError(f"{tensor.name} has a number that is not finite, which JSON has not")
+    return found
+
+
+def _described(tensor: WireTensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape),
+        "parameters": {"binary_data_size": memoryview(tensor.data).nbytes},
+    }  # fmt: skip
+
+
+def _parts(head: dict[str, Any], tensors: Sequence[WireTensor]) -> tuple[list[Buffer], int]:
+    text = json.dumps(head, separators=(",", ":"), allow_nan=False).encode()
+    return [text, *(each.data for each in tensors)], len(text)
+
+
+def _split(body: Buffer, json_length: int | None, limits: Limits) -> tuple[dict[str, Any], memoryview]:
+    """The JSON, and the bytes after it."""
+    view = memoryview(body)
+    if view.nbytes > limits.body_bytes:
+        raise WireError(f"expected a body of at most {limits.body_bytes} bytes, got {view.nbytes}")
+    length = view.nbytes if json_length is None else json_length
+    most = limits.body_bytes if json_length is None else limits.json_bytes
+    if not 0 < length <= min(most, view.nbytes):
+        raise WireError(f"expected JSON of 1 to {min(most, view.nbytes)} bytes, got {length} of {view.nbytes}")
+    try:
+        head = json.loads(bytes(view[:length]), parse_constant=_no_constant)
+    except RecursionError:
+        raise WireError("expected JSON of a few levels, got one nested beyond all bounds") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of thousands of digits
+        raise WireError(f"expected JSON, got {type(error).__name__}: {str(error)[:100]}") from None
+    return _object(head, "the message"), view[length:]
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _tensors(head: Mapping[str, Any], key: str, rest: memoryview, limits: Limits) -> tuple[WireTensor, ...]:
+    found = list(_each_tensor(_array(head.get(key), key, limits), rest, limits))
+    taken = sum(memoryview(each.data).nbytes for each, binary in found if binary)
+    if taken != rest.nbytes:
+        raise WireError(f"expected {taken} bytes after the JSON, as its tensors say, got {rest.nbytes}")
+    names = [each.name for each, _ in found]
+    if len(set(names)) < len(names):
+        raise WireError(f"expected every tensor's name once, got {names!r}"[:300])
+    return tuple(each for each, _ in found)
+
+
+def _each_tensor(entries: Iterable[Any], rest: memoryview, limits: Limits) -> Iterator[tuple[WireTensor, bool]]:
+    """Each, and whether it came as bytes."""
+    place = 0
+    for entry in entries:
+        about = _object(entry, "a tensor")
+        name, datatype = _name(about, limits), about.get("datatype")
+        if not isinstance(datatype, str) or datatype not in SIZES:
+            raise WireError(f"{name}: expected a datatype of {', '.join(SIZES)}, got {datatype!r}"[:300])
+        shape = _shape(about.get("shape"), name, limits)
+        nbytes = math.prod(shape) * SIZES[datatype]
+        size = _object(about.get("parameters", {}), "parameters").get("binary_data_size")
+        if size is None:
+            yield WireTensor(name, datatype, shape, _from_numbers(about.get("data"), name, datatype, shape)), False
+            continue
+        if not _whole(size) or size != nbytes:
+            raise WireError(
+                f"{name}: expected binary_data_size {nbytes} of {datatype} {list(shape)}, got {size!r}"[:300]
+            )
+        if place + nbytes > rest.nbytes:
+            raise WireError(f"{name}: expected {nbytes} bytes at {place} after the JSON, got {rest.nbytes} in all")
+        yield WireTensor(name, datatype, shape, rest[place : place + nbytes]), True
+        place += nbytes
+
+
+def _from_numbers(data: Any, name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    """The bytes of a tensor that stands in the JSON, flat or nested."""
+    if not isinstance(data, list) or datatype not in _LETTERS:
+        raise WireError(
+            f"{name}: expected binary_data_size, or data of numbers, got {type(data).__name__} of {datatype}"
+        )
+    count = math.prod(shape)
+    flat: list[Any] = []
+    waiting = [iter(data)]
+    while waiting:
+        for each in waiting[-1]:
+            if isinstance(each, list):
+                waiting.append(iter(each))
+                if len(waiting) > len(shape) + 1:
+                    raise WireError(f"{name}: expected data of at most {len(shape)} levels, got more")
+                break
+            flat.append(each)
+            if len(flat) > count:
+                raise WireError(f"{name}: expected {count} elements for {list(shape)}, got more")
+        else:
+            waiting.pop()
+    if len(flat) != count:
+        raise WireError(f"{name}: expected {count} elements for {list(shape)}, got {len(flat)}")
+    wanted = bool if datatype == "BOOL" else (int, float) if datatype in _FLOATS else int
+    if not all(isinstance(each, wanted) and (datatype == "BOOL" or not isinstance(each, bool)) for each in flat):
+        raise WireError(f"{name}: expected elements of {datatype}, got something else")
+    try:
+        return struct.pack(f"<{count}{_LETTERS[datatype]}", *flat)
+    except (struct.error, OverflowError) as error:
+        raise WireError(f"{name}: expected elements of {datatype}: {error}") from None
+
+
+def _shape(value: Any, name: str, limits: Limits) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > limits.rank or not all(_whole(each) for each in value):
+        raise WireError(f"{name}: expected a shape of at most {limits.rank} whole numbers, got {value!r}"[:300])
+    elements = 1
+    for size in value:  # Python's own numbers: no overflow
+        elements *= size
+        if elements > limits.elements:
+            raise WireError(f"{name}: expected at most {limits.elements} elements, got {value!r}"[:300])
+    return tuple(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _name(about: Mapping[str, Any], limits: Limits) -> str:
+    name = about.get("name")
+    if not isinstance(name, str) or not 0 < len(name.encode("utf-8", "surrogatepass")) <= limits.name_bytes:
+        raise WireError(f"expected a name of 1 to {limits.name_bytes} bytes, got {name!r}"[:300])
+    return name
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise WireError(f"expected {what} to be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _array(value: Any, what: str, limits: Limits) -> list[Any]:
+    if not isinstance(value, list) or len(value) > limits.tensors:
+        got = f"{len(value)}" if isinstance(value, list) else type(value).__name__
+        raise WireError(f"expected {what} to be a list of at most {limits.tensors}, got {got}")
+    return value
+
+
+def _text(head: Mapping[str, Any], key: str) -> str | None:
+    value = head.get(key)
+    if value is not None and not isinstance(value, str):
+        raise WireError(f"expected {key} to be a text, got {type(value).__name__}")
+    return value
