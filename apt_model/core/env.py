@@ -17,7 +17,11 @@ class Variable:
         return os.environ.get(self.name) or None
 
 
-DEVICE = Variable("APT_DEVICE", "cuda, cuda:N or cpu", "the device that 'auto' means, instead of the best one found")
+DEVICE = Variable(
+    "APT_DEVICE",
+    "cuda, hpu, npu, xpu, cpu or a third party's device, or one with a number",
+    "the device that 'auto' means, instead of the best one found",
+)
 DEBUG = Variable("APT_DEBUG", "1", "the command line shows the traceback of an error instead of only its explanation")
 FP4_CACHE = Variable(
     "APT_FP4_CACHE", "a folder", "where `tune` keeps what it measured, instead of ~/.cache/apt_model/fp4"

@@ -35,7 +35,7 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
             + _present(flash["fp4_weights"]),
         ),
         ("VGPU stack", _present(facts["vgpu_stack"])),
-        ("multi-vendor backend", f"{' and '.join(vendors['supported'])}; {', '.join(vendors['planned'])}: {ABSENT}"),
+        ("multi-vendor backend", _standings(vendors)),
         ("cloud NPU", _present(facts["cloud_npu"])),
         ("left spin", "on in a model whose configuration has use_left_spin (its default); not a matter of the mode"),
         ("expected speed-up", "not measured"),
@@ -72,7 +72,16 @@ def _show_table(heading: str, lines: list[tuple[str, str]], stream: TextIO) -> N
 
 
 def _noun(facts: Mapping[str, Any]) -> str:
-    return "CPU" if facts["accelerator"]["type"] == "cpu" else "GPU"
+    kind = facts["accelerator"]["type"]
+    return {"cuda": "GPU", "xpu": "GPU"}.get(kind, kind.upper())
+
+
+def _standings(vendors: Mapping[str, str]) -> str:
+    """The vendors by what their tests ran on."""
+    names = dict.fromkeys(vendors.values())
+    return "; ".join(
+        f"{standing}: {', '.join(kind for kind, its in vendors.items() if its == standing)}" for standing in names
+    )
 
 
 def _present(there: bool) -> str:

@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-from apt_model.core.errors import DeviceError
 from apt_model.core.policy import Policy, current_policy
 from apt_model.core.system.device import Device
-from apt_model.core.system.manager import PLANNED, VENDORS, get_device, get_device_manager
+from apt_model.core.system.manager import get_device_manager, look, vendors
 
 
 def gather(device: Device | None = None) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def gather(device: Device | None = None) -> dict[str, Any]:
             "fp4_weights": True,
         },
         "vgpu_stack": True,
-        "multi_vendor_backend": {"supported": [vendor.kind for vendor in VENDORS], "planned": sorted(PLANNED)},
+        "multi_vendor_backend": _standings(),
         "cloud_npu": False,
         "left_spin": "by model configuration",
         "expected_speed_up": None,
@@ -62,16 +61,17 @@ def _accelerator(device: Device) -> dict[str, Any]:
 
 def _why_none() -> str:
     """Why the CPU: each accelerator's first failed check, or that there is one and the CPU was asked for."""
-    reasons = []
-    for vendor in VENDORS:
-        if vendor.kind != "cpu":
-            try:
-                get_device(vendor.kind)
-            except DeviceError as error:
-                reasons.append(error.message)
-            else:
-                reasons.append(f"{vendor.kind} is there and not asked for")
-    return "; ".join(reasons)
+    found = {vendor.kind: look(vendor) for vendor in vendors() if vendor.kind != "cpu"}
+    return "; ".join(
+        f"{kind} is there and not asked for" if presence.usable else f"{kind}: {presence.reason}"
+        for kind, presence in found.items()
+    )
+
+
+def _standings() -> dict[str, str]:
+    """On what the tests of this version ran, by vendor; AMD's GPUs have NVIDIA's class."""
+    found = {vendor.kind: vendor.standing for vendor in vendors()}
+    return {**found, "rocm": "logic-tested"}
 
 
 def _attention_kernels(kind: str) -> list[str]:

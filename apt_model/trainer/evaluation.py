@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_model.core.system.device import Device
+from apt_model.core.system.manager import get_device_manager
 from apt_model.modeling.apt_model import APTModel
 from apt_model.trainer.data import IGNORED, Batch, TokenData
 
@@ -56,8 +57,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`, copied without waiting where the device can."""
     if device.type == "cpu":
         return batch
-    inputs = tuple(ids.pin_memory().to(device, non_blocking=True) for ids in batch.inputs)
-    return Batch(inputs, batch.labels.pin_memory().to(device, non_blocking=True))
+    pin = get_device_manager(device).pin
+    inputs = tuple(pin(ids).to(device, non_blocking=True) for ids in batch.inputs)
+    return Batch(inputs, pin(batch.labels).to(device, non_blocking=True))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from apt_model.core.errors import CapacityError, InputError
 from apt_model.core.placement import is_placed, mark_placed
 from apt_model.vgpu.arena import HostArena, Region
-from apt_model.vgpu.blob import Packed, Seen, see
+from apt_model.vgpu.blob import Packed, Seen, see, set_values
 from apt_model.vgpu.hollow import Hollow
 from apt_model.vgpu.layout import Layout
 from apt_model.vgpu.level import Level
@@ -230,7 +230,7 @@ class Attached:
         self._moved.append((blob, number))
         for seen in blob.seen:
             mark_placed(seen.parameter, True)
-            seen.parameter.data = seen.view(memory)
+            set_values(seen.parameter, seen.view(memory))
         if number is None or self.layout.plan.homes[number] == DEVICE:
             self._residents[id(blob)] = memory
 
@@ -316,9 +316,9 @@ class Attached:
                     mark_placed(seen.parameter, False)
                     if resident and seen.parameter.data_ptr() != seen.view(memory).data_ptr():
                         # Somebody gave it other memory, which it keeps.
-                        seen.parameter.data = seen.parameter.data.to(fresh.device)
+                        set_values(seen.parameter, seen.parameter.data.to(fresh.device))
                     else:
-                        seen.parameter.data = dataclasses.replace(seen, offset=0).view(fresh)
+                        set_values(seen.parameter, dataclasses.replace(seen, offset=0).view(fresh))
 
     def leave(self) -> None:
         """Give up what the stack holds of the model, whose parameters have no values then unless they were given."""

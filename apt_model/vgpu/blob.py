@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from apt_model.core.errors import InputError
 from apt_model.vgpu.layout import Packing
 from apt_model.vgpu.tree import Stored
 
@@ -37,6 +38,31 @@ class Packed(Packing):
         """Copy the values of all its storages to `memory` (uint8)."""
         for stored, offset in self.stored:
             memory[offset : offset + stored.nbytes].copy_(bytes_of(stored))
+
+
+def set_values(parameter: nn.Parameter, values: Tensor) -> None:
+    """`parameter.data = values`, also from one device to another whose tensors torch takes for another kind.
+
+    It does so for devices that it does not know by itself (Ascend's): there the parameter becomes a new one's content,
+    and stays the same object to all that hold it.
+    """
+    if torch._has_compatible_shallow_copy_type(parameter, values):  # noqa: SLF001 - as nn.Module.to asks
+        parameter.data = values
+        return
+    grad, parameter.grad = parameter.grad, None
+    fresh = nn.Parameter(values, parameter.requires_grad)
+    vars(fresh).update(vars(parameter))
+    fresh.__class__ = type(parameter)
+    try:
+        torch.utils.swap_tensors(parameter, fresh)
+    except RuntimeError as error:
+        parameter.grad = grad
+        raise InputError(
+            f"a parameter of {tuple(parameter.shape)} cannot move from {parameter.device} to {values.device}, as "
+            f"something holds on to it: {error}",
+            remedy="attach the model before a graph, an optimizer's hooks or weak references are made of it",
+        ) from error
+    parameter.grad = None if grad is None else grad.to(values.device)
 
 
 def bytes_of(stored: Stored) -> Tensor:

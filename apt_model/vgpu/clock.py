@@ -30,7 +30,7 @@ class _Timed(NamedTuple):
 
 
 class Clock:
-    """Marks in streams: events, used again, on a device; on a CPU, where a call is done when it returns, the time.
+    """Marks in streams: events, used again, on a device; where there are no streams, the time.
 
     `between` says what is done with the time between two marks. On a device that is when `poll` finds both past, in
     the order in which `between` was called. Any thread may call. `waits` is None unless somebody traces.
@@ -46,7 +46,7 @@ class Clock:
 
     def mark(self, stream: Any) -> Any:
         """What `stream` has come to when everything before this call is done."""
-        if not self._lanes.real:
+        if not self._lanes.streams:
             return time.perf_counter_ns()
         try:
             event = self._spare.pop()
@@ -57,7 +57,7 @@ class Clock:
 
     def between(self, begin: Any, end: Any, then: Callable[[Span], None]) -> None:
         """Have `then` told the time between two marks, which are used up."""
-        if not self._lanes.real:
+        if not self._lanes.streams:
             then(Span((end - begin) / 1e9, begin, end))
             return
         self._pending.append(_Timed(begin, end, then))
@@ -80,7 +80,7 @@ class Clock:
     def refer(self) -> None:
         """Wait for the device, and from here on know when marks were by the host's clock, until `forget`."""
         self.settle()
-        if self._lanes.real:
+        if self._lanes.streams:
             event = self._lanes.event(timed=True)
             event.record(self._lanes.compute())
             event.synchronize()

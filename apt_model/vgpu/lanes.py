@@ -1,59 +1,39 @@
-"""Streams and events of the device that computes; on a CPU, where a call is done when it returns, they do nothing."""
+"""Streams and events of the device that computes; where a call is done when it returns, they do nothing."""
 
+import contextlib
 from typing import Any
-
-import torch
-from typing_extensions import Self
 
 from apt_model.core.errors import InputError
 from apt_model.core.system.cuda import CudaDevice
-
-
-class Nothing:
-    """A stream or an event on a device that has none."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-    def wait_event(self, event: object) -> None:
-        """Nothing: it has happened."""
-
-    def record(self, stream: object = None) -> None:
-        """Nothing: it is past."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        """Whether it is over: always."""
-        return True
-
-
-_NOTHING: Any = Nothing()
+from apt_model.core.system.device import Device
 
 
 class Lanes:
     """The device's stream for copies, its events, and whichever stream computes now."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.real = device, device.type != "cpu"
-        self.copy: Any = torch.Stream(device=device) if self.real else _NOTHING
+    def __init__(self, device: Device) -> None:
+        self._device, self.device = device, device.device
+        self.real = device.kind != "cpu"
+        """Whether the device has memory of its own, to which blocks are copied."""
+        self.streams = device.supports("stream")
+        """Whether copies run beside what computes, and the host ahead of both."""
+        self.copy: Any = device.stream()
 
     def event(self, *, timed: bool = False) -> Any:
-        """A new one; on a CPU nothing."""
-        return torch.Event(device=self.device, enable_timing=timed) if self.real else _NOTHING
+        """A new one; one that is always over where there are no streams."""
+        return self._device.event(timed=timed)
 
     def synchronize(self) -> None:
         """Wait for the device, whichever stream it is in."""
-        if self.real:
-            torch.accelerator.synchronize(self.device)
+        self._device.synchronize()
 
     def compute(self) -> Any:
         """The stream on which the caller computes."""
-        return torch.accelerator.current_stream(self.device) if self.real else _NOTHING
+        return self._device.current_stream()
+
+    def copying(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which copies go to the stream for them."""
+        return self._device.during(self.copy)
 
     def refuse_capture(self) -> None:
         """Raise `InputError` where what computes now is recorded as a CUDA graph, to be replayed without us."""

@@ -34,10 +34,8 @@ def measure(device: Device, dtypes: Sequence[str], path: str | None = None) -> R
 
 def _name(device: Device) -> str:
     """With its number, where it has one."""
-    kind, index = device.device.type, device.device.index
-    if kind == "cpu":
-        return kind
-    return f"{kind}:{torch.accelerator.current_device_index() if index is None else index}"
+    index = device.current_index()
+    return device.kind if index is None or device.kind == "cpu" else f"{device.kind}:{index}"
 
 
 def _hook(device: Device) -> float:

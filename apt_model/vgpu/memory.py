@@ -4,8 +4,6 @@ import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from apt_model.core.errors import CapacityError
 from apt_model.core.system.manager import get_device_manager
 from apt_model.vgpu.arena import DevicePin, HostArena, Region
@@ -97,7 +95,7 @@ def memory_of(config: VGPUConfig) -> Memory:
     _require_host(sum(level.capacity for level in config.levels if level.device == HOST))
     first, *below = config.levels
     manager = get_device_manager(first.device)
-    lanes = Lanes(torch.device(first.device))
+    lanes = Lanes(manager)
     kinds = {level.device: level for level in below}
     host, disk = kinds.get(HOST), kinds.get(DISK)
     store = None if disk is None else DiskStore(None if disk.path is None else Path(disk.path), disk.capacity)

@@ -94,7 +94,7 @@ class Places:
             place.pins -= 1
             self._forget(place)
             raise
-        if self.lanes.real:
+        if self.lanes.streams:
             self._wait(place, asked, there)
         else:
             self._waited(self._sources[blob].name, there, threading.get_ident(), waited)
@@ -213,8 +213,8 @@ class Places:
         lane, nbytes, came = self.lanes.copy, source.nbytes, self._level.came
         lane.wait_event(place.free)
         begin = self._clock.mark(lane)
-        with lane:
-            place.memory[:nbytes].copy_(memory[:nbytes], non_blocking=True)
+        with self.lanes.copying():
+            place.memory[:nbytes].copy_(memory[:nbytes], non_blocking=self.lanes.streams)
         end = self._clock.mark(lane)
         place.ready.record(lane)
         came.count(nbytes)

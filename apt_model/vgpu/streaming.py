@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apt_model.core.errors import CapacityError
 from apt_model.core.placement import mark_placed
-from apt_model.vgpu.blob import Packed
+from apt_model.vgpu.blob import Packed, set_values
 from apt_model.vgpu.compiling import Holders, between_graphs, leave_away_to_eager
 from apt_model.vgpu.parameters import away, back
 from apt_model.vgpu.places import Place, Places
@@ -76,7 +76,7 @@ class Streaming:
             self._shown[blob] = places.all[0]
             for seen in packed.seen:
                 mark_placed(seen.parameter, True)
-                seen.parameter.data = seen.view(places.all[0].memory)
+                set_values(seen.parameter, seen.view(places.all[0].memory))
                 self._away(seen.parameter)
         places.overwritten = self._overwritten
         self._handles = self._hooks(model)

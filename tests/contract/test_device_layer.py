@@ -1,4 +1,4 @@
-"""One file of the package says `torch.cuda`; all others ask the device layer."""
+"""One file of the package says `torch.cuda`, one folder what torch has for others; the rest asks that folder."""
 
 import ast
 from collections.abc import Iterator
@@ -7,15 +7,23 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "apt_model"
-OWNER = PACKAGE / "core" / "system" / "cuda.py"
+SYSTEM = PACKAGE / "core" / "system"
+CUDA_FILE = SYSTEM / "cuda.py"
+CUDA = frozenset({"cuda"})
+OTHERS = frozenset({"xpu", "npu", "hpu", "accelerator", "get_device_module"})
 
 
 def _constant(node: ast.expr) -> object:
     return node.value if isinstance(node, ast.Constant) else None
 
 
-def uses_of_torch_cuda(source: str) -> list[int]:
-    """Lines of `source` that reach `torch.cuda`, under whatever name torch is imported."""
+def _in_torch(name: object, names: frozenset[str]) -> bool:
+    """Whether a module's dotted name is torch's `names`, or within them."""
+    return any(f"{name}.".startswith(f"torch.{each}.") for each in names)
+
+
+def uses(source: str, names: frozenset[str]) -> list[int]:
+    """Lines of `source` that reach `torch.<one of names>`, under whatever name torch is imported."""
     tree = ast.parse(source)
     torches = {"torch"} | {
         alias.asname
@@ -31,57 +39,76 @@ def uses_of_torch_cuda(source: str) -> list[int]:
     def lines() -> Iterator[int]:
         for node in ast.walk(tree):
             match node:
-                case ast.Attribute(value=value, attr="cuda") if is_torch(value):
+                case ast.Attribute(value=value, attr=attr) if attr in names and is_torch(value):
                     yield node.lineno
-                case ast.Import(names=names) if any(f"{alias.name}.".startswith("torch.cuda.") for alias in names):
+                case ast.Import(names=aliases) if any(_in_torch(alias.name, names) for alias in aliases):
                     yield node.lineno
-                case ast.ImportFrom(module=str(module)) if f"{module}.".startswith("torch.cuda."):
+                case ast.ImportFrom(module=str(module)) if _in_torch(module, names):
                     yield node.lineno
-                case ast.ImportFrom(module="torch", names=names) if any(alias.name == "cuda" for alias in names):
+                case ast.ImportFrom(module="torch", names=aliases) if any(alias.name in names for alias in aliases):
                     yield node.lineno
                 case ast.Call(func=ast.Name(id="getattr"), args=[module, name, *_]) if is_torch(module):
-                    if _constant(name) == "cuda":
+                    if _constant(name) in names:
                         yield node.lineno
                 case ast.Call(func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"), args=[name, *_]):
-                    if f"{_constant(name)}.".startswith("torch.cuda."):
+                    if _in_torch(_constant(name), names):
                         yield node.lineno
-                case ast.Call(func=ast.Attribute(attr="get_device_module")):
-                    yield node.lineno
 
     return sorted(lines())
 
 
-def test_only_one_file_says_torch_cuda():
-    found = {
-        str(path.relative_to(PACKAGE)): lines
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if path != OWNER and (lines := uses_of_torch_cuda(path.read_text(encoding="utf-8")))
+def found(package: Path) -> dict[str, list[int]]:
+    """What the files of a package use and may not, by file."""
+    system = package / "core" / "system"
+    lines = {}
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        wrong = [] if path == system / "cuda.py" else uses(source, CUDA)
+        wrong += [] if system in path.parents else uses(source, OTHERS)
+        if wrong:
+            lines[path.relative_to(package).as_posix()] = sorted(wrong)
+    return lines
+
+
+def test_only_one_file_says_torch_cuda_and_one_folder_the_others():
+    assert not found(PACKAGE), "ask apt_model.core.system.get_device_manager instead"
+
+
+def test_the_owners_are_found_by_the_same_lint():
+    assert uses(CUDA_FILE.read_text(encoding="utf-8"), CUDA)
+    assert uses((SYSTEM / "accelerator.py").read_text(encoding="utf-8"), OTHERS)
+
+
+def test_where_they_may_be_said(tmp_path):
+    files = {
+        "core/system/cuda.py": "import torch\ntorch.cuda.synchronize()\ntorch.accelerator.synchronize()",
+        "core/system/npu.py": "import torch\ntorch.npu.synchronize()\n\ntorch.cuda.synchronize()",
+        "vgpu/lanes.py": "import torch\ntorch.xpu.synchronize()\ntorch.cuda.synchronize()",
     }
-    assert not found, f"ask apt_model.core.system.get_device_manager instead: {found}"
-
-
-def test_the_owner_is_found_by_the_same_lint():
-    assert uses_of_torch_cuda(OWNER.read_text(encoding="utf-8"))
+    for name, source in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    assert found(tmp_path) == {"core/system/npu.py": [4], "vgpu/lanes.py": [2, 3]}
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "import torch\ntorch.cuda.synchronize()",
-        "import torch as t\nif t.cuda.is_available(): pass",
-        "import torch.cuda",
-        "import torch.cuda.amp as amp",
-        "from torch import cuda as gpu",
-        "from torch.cuda import Stream",
-        "from torch.cuda.amp import autocast",
-        "import torch\ngetattr(torch, 'cuda').empty_cache()",
-        "import importlib\nimportlib.import_module('torch.cuda')",
-        "import torch\ntorch.get_device_module(device).empty_cache()",
-        "def f():\n    import torch\n    return torch.cuda",
+        "import torch\ntorch.NAME.synchronize()",
+        "import torch as t\nif t.NAME.is_available(): pass",
+        "import torch.NAME",
+        "import torch.NAME.amp as amp",
+        "from torch import NAME as gpu",
+        "from torch.NAME import Stream",
+        "from torch.NAME.amp import autocast",
+        "import torch\ngetattr(torch, 'NAME').empty_cache()",
+        "import importlib\nimportlib.import_module('torch.NAME')",
+        "def f():\n    import torch\n    return torch.NAME",
     ],
 )
-def test_the_lint_can_fail(source):
-    assert uses_of_torch_cuda(source)
+@pytest.mark.parametrize("name", sorted(CUDA | OTHERS))
+def test_the_lint_can_fail(source, name):
+    assert uses(source.replace("NAME", name), CUDA if name in CUDA else OTHERS)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +119,9 @@ def test_the_lint_can_fail(source):
         "import torch\ntorch.device('cuda')",
         "'torch.cuda in words'",
         "from apt_model.core.system.cuda import CudaDevice",
+        "model.npu()",
+        "from apt_model.core.system import npu",
     ],
 )
 def test_the_lint_lets_words_and_other_names_pass(source):
-    assert not uses_of_torch_cuda(source)
+    assert not uses(source, CUDA | OTHERS)

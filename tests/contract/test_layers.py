@@ -21,6 +21,10 @@ LAYERS = {
     "trainer": 5,
     "cli": 6,
 }
+# Tries Triton by its smallest kernel: a question about the machine.
+TRITON_PROBE = "apt_model.core.system.triton_kernel"
+# Of entry points, by which other packages register what is theirs: no folder of ours.
+GROUPS = {"apt_model.devices"}
 PURE = {"ops", "layers"}
 INPUT_OUTPUT = {
     "asyncio", "fcntl", "fileinput", "glob", "http", "httpx", "io", "json", "mmap", "multiprocessing", "os", "pathlib",
@@ -48,7 +52,7 @@ def _faults(module: str, tree: ast.Module, homes: dict[str, str]) -> Iterator[tu
         if target.partition(".")[0] == "apt_model":
             if fault := _wrong_direction(folder, homes.get(target, target)):
                 yield line, fault
-        elif target.partition(".")[0] == "triton" and folder != "ops":
+        elif target.partition(".")[0] == "triton" and folder != "ops" and module != TRITON_PROBE:
             yield line, "triton outside ops"
         elif target.partition(".")[0] in INPUT_OUTPUT and folder in PURE:
             yield line, f"{folder} imports {target}, which is input and output"
@@ -85,11 +89,15 @@ def imports(module: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
             case ast.ImportFrom(module=home, names=names, level=level):
                 base = ".".join([*module.split(".")[:-level], *([home] if home else [])]) if level else str(home)
                 yield from ((node.lineno, f"{base}.{alias.name}") for alias in names)
-            case ast.Constant(value=str(text)) if _NAME.fullmatch(text) and id(node) not in docstrings:
+            case ast.Constant(value=str(text)) if _is_module(text) and id(node) not in docstrings:
                 yield node.lineno, text
             case ast.Call(func=ast.Name(id="__import__") | ast.Attribute(attr="import_module"), args=[first, *_]):
                 if isinstance(first, ast.Constant) and not _NAME.fullmatch(str(first.value)):
                     yield node.lineno, str(first.value)
+
+
+def _is_module(text: str) -> bool:
+    return bool(_NAME.fullmatch(text)) and text not in GROUPS
 
 
 def _module(package: Path, path: Path) -> str:
@@ -186,6 +194,7 @@ def test_a_clean_tree_has_none(tmp_path):
         ("attic/old.py", "from apt_model.core.errors import E", "the folder attic has no layer"),
         ("trainer/loop.py", "from apt_model.attic import old", "the folder attic has no layer"),
         ("layers/linear.py", "import triton", "triton outside ops"),
+        ("core/system/device.py", "import triton", "triton outside ops"),
         ("trainer/loop.py", "def f():\n    from triton.language import load", "triton outside ops"),
         ("cli/go.py", "import importlib\nimportlib.import_module('triton')", "triton outside ops"),
         ("ops/fp4/naive.py", "import json", "ops imports json, which is input and output"),

@@ -14,7 +14,7 @@ SURFACE = {
         "FP4Config", "FusedFP4Embedding", "FusedFP4Linear", "VGPUStack",
         "dequantize", "get_device", "get_device_manager", "quantize", "tune", "vb_global",
     ],
-    "apt_model.core.system": ["Device", "Presence", "get_device", "get_device_manager"],
+    "apt_model.core.system": ["Accelerator", "Device", "Presence", "get_device", "get_device_manager", "triton_works"],
 }  # fmt: skip
 _MODE = "(verbose: bool = True, *, calibrate: bool = False, **options: Any) -> None"
 ONE_LINE = {

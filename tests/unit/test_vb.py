@@ -14,10 +14,10 @@ import apt_model
 import apt_model.optimization.vb_global as vb
 from apt_model.core.errors import ConfigError, InputError
 from apt_model.core.policy import Policy, current_policy
-from apt_model.core.system import Device, get_device_manager
+from apt_model.core.system import Device, Presence, get_device_manager
 from apt_model.core.system.cpu import CpuDevice
 from apt_model.core.system.host_memory import HostMemory
-from apt_model.core.system.manager import PLANNED, VENDORS
+from apt_model.core.system.manager import vendors
 from apt_model.modeling.apt_model import APTModel, APTModelConfiguration
 from apt_model.optimization import banner, facts
 
@@ -179,9 +179,14 @@ def test_status_is_what_the_machine_says():
     assert status["native_bf16"] == device.supports_bf16()
     assert status["precision"] == ("bf16" if device.supports_bf16() else "fp32")
     assert status["multi_vendor_backend"] == {
-        "supported": [vendor.kind for vendor in VENDORS],
-        "planned": sorted(PLANNED),
+        "cuda": "hardware-tested",
+        "hpu": "backend-tested",
+        "npu": "backend-tested",
+        "xpu": "logic-tested",
+        "cpu": "hardware-tested",
+        "rocm": "logic-tested",
     }
+    assert [vendor.kind for vendor in vendors()] == [*status["multi_vendor_backend"]][:-1]
     assert status["expected_speed_up"] is None
     vb.enable(verbose=False)
     assert (vb.status()["enabled"], vb.status()["mode"]) == (True, "balanced")
@@ -264,7 +269,9 @@ def test_the_words_for_this_machine():
     assert "FP4 weights: available" in rows["GPU Flash"]
     assert rows["VGPU stack"] == "available"
     assert rows["cloud NPU"] == "not in this version"
-    assert rows["multi-vendor backend"] == "cuda and cpu; hpu, npu, xpu: not in this version"
+    assert rows["multi-vendor backend"] == (
+        "hardware-tested: cuda, cpu; backend-tested: hpu, npu; logic-tested: xpu, rocm"
+    )
     assert rows["expected speed-up"] == "not measured"
     assert rows["virtual memory"].startswith("available (VGPUStack); else what fits is bound by the CPU's ")
 
@@ -284,9 +291,14 @@ def test_a_cpu_whose_free_memory_cannot_be_read(tmp_path):
 
 
 def test_a_cpu_chosen_beside_an_accelerator_is_said_so(monkeypatch):
-    monkeypatch.setattr(facts, "get_device", lambda _: torch.device("cuda"))
+    one = Presence(installed=True, loads=True, available=True, count=1)
+    absent = Presence(installed=False, why="no driver")
+    monkeypatch.setattr(facts, "look", lambda vendor: one if vendor.kind == "cuda" else absent)
     row = dict(banner.rows(facts.gather(CpuDevice())))["accelerator"]
-    assert row.endswith("no accelerator in use: cuda is there and not asked for")
+    assert row.endswith(
+        "no accelerator in use: cuda is there and not asked for; "
+        "hpu: not installed: no driver; npu: not installed: no driver; xpu: not installed: no driver"
+    )
 
 
 def test_away_from_a_terminal_it_is_plain_ascii():

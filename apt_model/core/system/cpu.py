@@ -25,9 +25,8 @@ class CpuDevice(Device):
     """
 
     kind = "cpu"
-    stand_ins = frozenset(
-        {"empty_cache", "synchronize", "register_host", "unregister_host", "random_state", "set_random_state"}
-    )
+    stand_ins = frozenset({"empty_cache", "synchronize"})
+    standing = "hardware-tested"
 
     def __init__(self, index: int | None = None, memory: HostMemory | None = None, cpuinfo: Path = _CPUINFO) -> None:
         super().__init__(index)
@@ -37,7 +36,7 @@ class CpuDevice(Device):
     @classmethod
     def presence(cls) -> Presence:
         """One, always."""
-        return Presence(built=True, available=True, count=1)
+        return Presence(installed=True, loads=True, available=True, count=1)
 
     def supports(self, fn: str) -> bool:
         """As in `Device`; what depends on /proc is true where the system has it."""

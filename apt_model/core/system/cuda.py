@@ -2,8 +2,8 @@
 
 import contextlib
 import statistics
-import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
@@ -37,6 +37,10 @@ empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] =
 )
 
 
+# A current device within a block of code: device_index(1).
+device_index = torch.accelerator.device_index
+
+
 class Recorded(NamedTuple):
     """A CUDA graph."""
 
@@ -53,30 +57,38 @@ class CudaDevice(Device):
     """A GPU behind `torch.cuda`."""
 
     kind = "cuda"
+    standing = "hardware-tested"  # NVIDIA's; on AMD's nothing ran
 
     @classmethod
     def presence(cls) -> Presence:
-        """Look for GPUs; counts only in a torch that was built for them, whatever imitates `torch.cuda` in another."""
+        """Look for GPUs; counts only in a torch that was built for them, and where nothing imitates `torch.cuda`.
+
+        torch looks without starting a device, and so a process may still fork, where PYTORCH_NVML_BASED_CUDA_CHECK is 1
+        (`manager.ask` sees to that).
+        """
         platform = _platform()
         if platform is None:
             return Presence(
-                built=False,
-                why=f"{torch.__version__} has neither CUDA nor ROCm",
+                installed=False,
+                why=f"torch {torch.__version__} is built with neither CUDA nor ROCm",
                 remedy="install a torch built for your GPU (https://pytorch.org/get-started/locally), or take 'cpu'",
             )
-        # torch says what is wrong with a driver in a warning, and then reports no device.
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            available = torch.cuda.is_available()
-            count = torch.cuda.device_count() if available else 0
+        imitator = _imitator()
+        if imitator is not None:
+            return Presence(
+                installed=True,
+                why=f"torch.cuda is imitated by {imitator}",
+                remedy="leave out what replaces torch.cuda (torch_npu.contrib.transfer_to_npu does), or take 'npu'",
+            )
+        available = torch.cuda.is_available()
         lister = "rocm-smi" if cls.is_rocm() else "nvidia-smi"
         hider = "HIP_VISIBLE_DEVICES" if cls.is_rocm() else "CUDA_VISIBLE_DEVICES"
         return Presence(
-            built=True,
+            installed=True,
+            loads=True,
             available=available,
-            count=count,
-            why="; ".join(str(warning.message) for warning in said)
-            or f"torch is built for {platform} and finds no GPU",
+            count=torch.cuda.device_count() if available else 0,
+            why=f"torch is built for {platform} and finds no GPU",
             remedy=f"see that {lister} lists a GPU and that {hider} does not hide it, or take 'cpu'",
         )
 
@@ -146,6 +158,31 @@ class CudaDevice(Device):
             with contextlib.suppress(RuntimeError):
                 torch.empty(1, device=self.device).fill_(1)
             raise DeviceError(f"{self.device}: {what}: {torch.cuda.cudart().cudaGetErrorString(result)}")
+
+    def current_index(self) -> int | None:
+        """The number of the GPU that this is."""
+        return torch.cuda.current_device() if self.index is None else self.index
+
+    def stream(self) -> Any:
+        """A new stream of the GPU."""
+        return torch.Stream(device=self.device)
+
+    def current_stream(self) -> Any:
+        """The stream that kernels go to now."""
+        return torch.accelerator.current_stream(self.device)
+
+    def during(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        """The stream itself is the context."""
+        context: contextlib.AbstractContextManager[Any] = stream
+        return context
+
+    def event(self, *, timed: bool = False) -> Any:
+        """A new event of the GPU."""
+        return torch.Event(device=self.device, enable_timing=timed)
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` in pinned memory."""
+        return tensor.pin_memory()
 
     def supports_bf16(self) -> bool:
         """NVIDIA: compute capability 8.0 (Ampere) or later. AMD: yes, as torch itself answers for ROCm."""
@@ -220,6 +257,15 @@ class CudaDevice(Device):
     def is_capturing() -> bool:
         """Whether the current stream records a CUDA graph."""
         return torch.cuda.is_current_stream_capturing()
+
+
+def _imitator() -> str | None:
+    """The module that answers in place of `torch.cuda`, or None where it is torch's own."""
+    function = torch.cuda.is_available
+    code = getattr(function, "__code__", None)
+    if code is not None and Path(code.co_filename).parent == Path(torch.__file__).parent / "cuda":
+        return None
+    return getattr(function, "__module__", None) or type(function).__module__
 
 
 def _platform() -> str | None:

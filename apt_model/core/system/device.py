@@ -1,33 +1,23 @@
-"""What every vendor's device answers: one abstract class, and the ladder by which a vendor says what is there."""
+"""What every vendor's device answers: one abstract class."""
 
+import contextlib
+import functools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from apt_model.core.errors import InputError
+from apt_model.core.system.presence import Presence
+from apt_model.core.system.streams import NOTHING
 
+__all__ = ["Device", "Presence"]
 
-@dataclass(frozen=True, kw_only=True)
-class Presence:
-    """What was found of a vendor, rung by rung; the first rung that fails is the reason that it cannot be used."""
-
-    built: bool
-    """This torch was built for the vendor."""
-    available: bool = False
-    """The vendor's runtime answers."""
-    count: int = 0
-    """How many of its devices there are."""
-    why: str = ""
-    """What torch or the driver said, when a rung failed."""
-    remedy: str | None = None
-    """What the user can do about it."""
-
-    @property
-    def usable(self) -> bool:
-        """Whether there is at least one device to compute on."""
-        return self.built and self.available and self.count > 0
+# What a device may leave as it is here: then it has no such thing, and says so in `supports`.
+_OPTIONAL = (
+    "register_host", "unregister_host", "pin", "stream", "event", "current_stream", "during", "random_state",
+    "set_random_state",
+)  # fmt: skip
 
 
 class Device(ABC):
@@ -41,6 +31,10 @@ class Device(ABC):
     """The device type in torch's own spelling."""
     stand_ins: ClassVar[frozenset[str]] = frozenset()
     """Names of the methods that do nothing on this vendor, or answer with less than their name says."""
+    standing: ClassVar[str] = "not tested here"
+    """On what this package's tests ran: hardware-tested, backend-tested or logic-tested."""
+    patience: ClassVar[float] = 20.0
+    """Seconds in which `presence` answers, or the vendor counts as not there."""
 
     def __init__(self, index: int | None = None) -> None:
         self.index = index
@@ -54,14 +48,19 @@ class Device(ABC):
         return torch.device(self.kind) if self.index is None else torch.device(self.kind, self.index)
 
     def get_accelerator_type(self) -> str:
-        """'cuda' (NVIDIA, and AMD through ROCm) or 'cpu'."""
+        """'cuda' (NVIDIA, and AMD through ROCm), 'hpu', 'npu', 'xpu', 'cpu', or the type of a third party's device."""
         return self.kind
 
     def supports(self, fn: str) -> bool:
         """Whether the method named `fn` really does here what its name says; `InputError` when there is none."""
         if fn.startswith("_") or not callable(getattr(type(self), fn, None)):
             raise InputError(f"Device.supports: expected the name of a method of Device, got {fn!r}")
-        return fn not in self.stand_ins
+        left = fn in _OPTIONAL and getattr(type(self), fn) is getattr(Device, fn)
+        return not left and fn not in self.stand_ins
+
+    @classmethod  # noqa: B027 - most vendors have nothing to bring
+    def load(cls) -> None:
+        """Bring what torch needs for this device type into the process; only called where `presence` is usable."""
 
     def manual_seed(self, seed: int) -> None:
         """Seed every generator that work on this device draws from, the CPU's included."""
@@ -74,6 +73,34 @@ class Device(ABC):
     def set_random_state(self, state: torch.Tensor) -> None:
         """Go back to what `random_state` gave."""
         raise InputError(f"{self.device}: expected no state, as it draws from the CPU's generator, got {type(state)}")
+
+    def supports_dtype(self, dtype: torch.dtype) -> bool:
+        """Whether torch multiplies matrices of `dtype` here, natively or not: tried once, which starts the device."""
+        return _multiplies(self.device, dtype)
+
+    def current_index(self) -> int | None:
+        """The number of the device that this is; None for the CPU, of which there is one."""
+        return self.index
+
+    def stream(self) -> Any:
+        """A new queue of work beside the current one; one that does nothing where the vendor has no such thing."""
+        return NOTHING
+
+    def current_stream(self) -> Any:
+        """The queue that work goes to now."""
+        return NOTHING
+
+    def during(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        """A context in which work goes to `stream`, one of `stream()` or `current_stream()`."""
+        return contextlib.nullcontext(stream)
+
+    def event(self, *, timed: bool = False) -> Any:  # noqa: ARG002
+        """A new mark to set in streams and to wait for; `timed` ones also say what time lies between two."""
+        return NOTHING
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` in host memory that the device copies by itself, or as it is where torch has none for the vendor."""
+        return tensor
 
     def register_host(self, address: int, nbytes: int) -> bool:  # noqa: ARG002
         """Pin host memory, so that the device copies it by itself; False where the vendor has no such thing.
@@ -88,7 +115,7 @@ class Device(ABC):
     @classmethod
     @abstractmethod
     def presence(cls) -> Presence:
-        """Look for the vendor's devices without starting one."""
+        """Look for the vendor's devices without starting one; may be called in any thread."""
 
     @abstractmethod
     def name(self) -> str:
@@ -125,3 +152,13 @@ class Device(ABC):
     @abstractmethod
     def supports_bf16(self) -> bool:
         """Whether it multiplies bf16 matrices natively, rather than by way of fp32."""
+
+
+@functools.cache
+def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        square = torch.zeros(16, 16, device=device).to(dtype)
+        (square @ square).cpu()  # which waits for the device, and so for its errors
+    except (RuntimeError, TypeError):  # NotImplementedError is the first of them
+        return False
+    return True

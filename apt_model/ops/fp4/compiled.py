@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
 
-import torch
 from torch import Tensor
 
 from apt_model.core.system import cuda
@@ -89,7 +88,7 @@ class Launch:
 
     def _otherwise(self, tensors: tuple[Tensor | None, ...]) -> None:
         if self.index >= 0 and self.index != cuda.current_index():
-            with torch.accelerator.device_index(self.index):
+            with cuda.device_index(self.index):
                 self(tensors)
             return
         kernel = self.kernel

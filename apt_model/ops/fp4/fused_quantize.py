@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from apt_model.core.system import cuda
 from apt_model.ops import HAS_TRITON
 from apt_model.ops.fp4.format import NVFP4, Format
 
@@ -29,7 +30,7 @@ def quantize_rows(  # noqa: PLR0917 - what the definition takes, and where its t
     from apt_model.ops.fp4.kernel_quantize import quantize_kernel  # noqa: PLC0415 - Triton is not everywhere
 
     count, width = rows.shape
-    with torch.accelerator.device_index(rows.device.index):
+    with cuda.device_index(rows.device.index):
         launch = tile(width)
         grid = -(-count // launch["ROWS"]) * -(-width // launch["COLUMNS"])
         quantize_kernel[(grid,)](

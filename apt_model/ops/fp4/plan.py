@@ -39,7 +39,7 @@ class Plan(NamedTuple):
         """The product; of x only its type and its memory matter."""
         assert self.launch is not None
         if self.launch.index != cuda.current_index():
-            with torch.accelerator.device_index(self.launch.index):
+            with cuda.device_index(self.launch.index):
                 return self.run(x, weight, bias)
         out = cuda.empty(self.shape, self.strides, x.dtype)
         sums = cuda.empty((self.sums,), (1,), torch.float32) if self.sums else None

@@ -79,7 +79,7 @@ class Whole(NamedTuple):
     def run(self, x: Tensor, weight: Shuffled, bias: Tensor | None) -> Tensor:
         """act(x W^T + bias) for x [..., K]."""
         if self.launch.index != cuda.current_index():
-            with torch.accelerator.device_index(self.launch.index):
+            with cuda.device_index(self.launch.index):
                 return self.run(x, weight, bias)
         pairs = cuda.empty(self.shape, (self.shape[1], 1), torch.int32)
         self.launch((weight.words, weight.scales, weight.alpha, pairs))

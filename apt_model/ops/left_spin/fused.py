@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from apt_model.core.system import cuda
 from apt_model.ops import HAS_TRITON
 from apt_model.ops.left_spin.naive import EPS
 
@@ -64,7 +65,7 @@ class _Step(torch.autograd.Function):
         scale, before, phi_before = (None if x is None else x.contiguous() for x in (scale, before, phi_before))
         out = torch.empty_like(u)
         gates, phi = (torch.empty(column, device=u.device, dtype=torch.float32) for _ in range(2))
-        with torch.accelerator.device_index(u.device.index):
+        with cuda.device_index(u.device.index):
             step_kernel[(u.numel() // width,)](
                 u, delta, scale, before, phi_before, out, gates, phi, width,
                 gate.alpha, gate.tau, gate.beta, gate.w1, gate.w2, EPS,
@@ -113,7 +114,7 @@ def _gradient(  # noqa: PLR0917 - as they were saved
     programs = min(rows, _PROGRAMS) if scale is not None else rows
     shares = None if scale is None else torch.empty(programs, width, device=scale.device, dtype=torch.float32)
     delta, scale = (None if x is None else x.contiguous() for x in (delta, scale))
-    with torch.accelerator.device_index(upstream.device.index):
+    with cuda.device_index(upstream.device.index):
         gradient_kernel[(programs,)](
             upstream, delta, scale, gates, grad_delta, shares, rows, width,
             HAS_SCALE=scale is not None, **_launch(width),
