@@ -8,6 +8,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
@@ -474,7 +475,24 @@ at::Tensor& set_whole_storage(at::Tensor& self, at::Storage storage) {
   return at::native::set_storage_cpu_(self, std::move(storage), 0, {count}, {});
 }
 
+// Operands of an operator that runs on the CPU, with their strides: kernels for other strides may round otherwise.
+std::vector<at::Tensor> to_cpu(at::TensorList tensors) {
+  std::vector<at::Tensor> copies;
+  for (const auto& tensor : tensors) {
+    if (!tensor.defined() || tensor.is_cpu()) {
+      copies.push_back(tensor);
+      continue;
+    }
+    ++counters.from_device;
+    auto copy = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
+    std::memcpy(copy.data_ptr(), tensor.data_ptr(), copy.storage().nbytes());
+    copies.push_back(copy);
+  }
+  return copies;
+}
+
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  library.impl("_to_cpu", to_cpu);
   library.impl("empty.memory_format", empty);
   library.impl("empty_strided", empty_strided);
   library.impl("_copy_from", copy_from);
@@ -510,6 +528,26 @@ void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>());
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  // Which torch, for a device without a kernel, takes apart into others that round otherwise.
+  library.impl("silu_backward", torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>());
+}
+
+// --- autocast, of the products that a transformer has
+
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) {
+  library.fallback(torch::CppFunction::makeFallthrough());
+}
+
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {  // the macro's name for it
+  KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(mm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(bmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(addmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(scaled_dot_product_attention, lower_precision_fp)
 }
 
 std::map<std::string, int64_t> counted() {

@@ -117,7 +117,7 @@ class Accelerator(Device):
             return _found(self.kind, _MEMORY) is not None or (fn == "total_memory" and bool(self._properties_memory()))
         if fn in ("stream", "event", "during"):
             return self._has_streams()
-        return True
+        return fn != "pin" or _pins(self.kind)
 
     def name(self) -> str:
         """The vendor's name of it, or the device type."""

@@ -1,0 +1,1 @@
+"""Stands in for Intel's package of this name."""
