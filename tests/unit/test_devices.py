@@ -1,3 +1,4 @@
+import functools
 import logging
 import os
 import platform
@@ -20,18 +21,18 @@ ROOT = Path(__file__).parents[2]
 MIB = 2**20
 
 # What a machine may hold, as the CUDA probe sees it.
-NOT_BUILT = Presence(built=False, why="torch has no CUDA", remedy="install another torch")
-NO_DRIVER = Presence(built=True, why="the driver is too old", remedy="see nvidia-smi")
-NO_DEVICE = Presence(built=True, available=True)
-ONE = Presence(built=True, available=True, count=1)
-TWO = Presence(built=True, available=True, count=2)
+NOT_BUILT = Presence(installed=False, why="torch has no CUDA", remedy="install another torch")
+NO_DRIVER = Presence(installed=True, loads=True, why="the driver is too old", remedy="see nvidia-smi")
+NO_DEVICE = Presence(installed=True, loads=True, available=True)
+ONE = Presence(installed=True, loads=True, available=True, count=1)
+TWO = Presence(installed=True, loads=True, available=True, count=2)
 BROKEN = OSError("libcuda.so.1: cannot open")
 STATES = (NOT_BUILT, NO_DRIVER, NO_DEVICE, ONE, TWO, BROKEN)
 
 
 def machine(cuda, cpu=ONE):
     def probe(vendor):
-        found = {"cuda": cuda, "cpu": cpu}[vendor.kind]
+        found = {"cuda": cuda, "cpu": cpu}.get(vendor.kind, NOT_BUILT)
         if isinstance(found, Exception):
             raise found
         return found
@@ -42,17 +43,19 @@ def machine(cuda, cpu=ONE):
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.delenv("APT_DEVICE", raising=False)
-    for cached in (manager._log_once, manager.ask):
+    for cached in (manager._log_once, manager.ask, manager._load, manager.third_parties):
         cached.cache_clear()
     yield
-    for cached in (manager._log_once, manager.ask):
+    for cached in (manager._log_once, manager.ask, manager._load, manager.third_parties):
         cached.cache_clear()
 
 
 # --- choosing
 
 
-@pytest.mark.parametrize("asked", [None, "", "auto", "cpu", "cuda", "cuda:1", "cuda:7", "npu", "warp drive", "cuda:-1"])
+@pytest.mark.parametrize(
+    "asked", [None, "", "auto", "cpu", "cuda", "cuda:1", "cuda:7", "npu", "tpu", "warp drive", "cuda:-1"]
+)
 @pytest.mark.parametrize("cpu", [ONE, BROKEN, NOT_BUILT])
 @pytest.mark.parametrize("cuda", STATES)
 def test_auto_never_raises_and_takes_what_is_asked_or_the_best(monkeypatch, caplog, cuda, cpu, asked):
@@ -73,7 +76,8 @@ def test_the_automatic_choice_is_logged_once_with_its_reason(caplog):
         for _ in range(3):
             get_device(probe=machine(BROKEN))
     assert [record.getMessage() for record in caplog.records] == [
-        "device: auto is cpu (no cuda, built into this torch but not available: OSError: libcuda.so.1: cannot open)"
+        "device: auto is cpu (no cuda, loads, but is not available: OSError: libcuda.so.1: cannot open)"
+        + "".join(f" (no {kind}, not installed: torch has no CUDA)" for kind in ("hpu", "npu", "xpu"))
     ]
 
 
@@ -88,19 +92,16 @@ def test_a_missing_device_in_the_environment_is_named_with_what_failed(monkeypat
 @pytest.mark.parametrize(
     ("spec", "cuda", "message", "remedy"),
     [
-        ("tpu", ONE, "expected auto, cuda, cpu", None),
-        ("CUDA", ONE, "expected auto, cuda, cpu", None),
-        ("cuda:", ONE, "expected auto, cuda, cpu", None),
-        ("cuda:x", ONE, "expected auto, cuda, cpu", None),
-        ("cuda:\N{ARABIC-INDIC DIGIT ONE}", TWO, "expected auto, cuda, cpu", None),
-        ("meta", ONE, "expected auto, cuda, cpu", None),
-        ("rocm", ONE, "expected auto, cuda, cpu", "called cuda in torch"),
-        ("hpu", ONE, "Intel Gaudi is not supported by this version yet", "this version has cuda and cpu"),
-        ("npu:0", ONE, "Huawei Ascend is not supported by this version yet", "this version has cuda and cpu"),
-        ("xpu", ONE, "Intel GPU is not supported by this version yet", "this version has cuda and cpu"),
-        ("cuda", NOT_BUILT, "not built into this torch: torch has no CUDA", "install another torch"),
-        ("cuda", NO_DRIVER, "built into this torch but not available: the driver is too old", "see nvidia-smi"),
-        ("cuda", BROKEN, "built into this torch but not available: OSError: libcuda.so.1", None),
+        ("tpu", ONE, "expected auto, cuda, hpu, npu, xpu, cpu", None),
+        ("CUDA", ONE, "expected auto, cuda, hpu, npu, xpu, cpu", None),
+        ("cuda:", ONE, "expected auto, cuda, hpu, npu, xpu, cpu", None),
+        ("cuda:x", ONE, "expected auto, cuda, hpu, npu, xpu, cpu", None),
+        ("cuda:\N{ARABIC-INDIC DIGIT ONE}", TWO, "expected auto, cuda, hpu, npu, xpu, cpu", None),
+        ("meta", ONE, "expected auto, cuda, hpu, npu, xpu, cpu", None),
+        ("rocm", ONE, "expected auto, cuda, hpu, npu, xpu, cpu", "called cuda in torch"),
+        ("cuda", NOT_BUILT, "not installed: torch has no CUDA", "install another torch"),
+        ("cuda", NO_DRIVER, "loads, but is not available: the driver is too old", "see nvidia-smi"),
+        ("cuda", BROKEN, "loads, but is not available: OSError: libcuda.so.1", None),
         ("cuda", NO_DEVICE, "available, but with no device", None),
         ("cuda:1", ONE, "there is no such number here", "this machine has cuda:0"),
         ("cuda:2", TWO, "there is no such number here", "this machine has cuda:0 to cuda:1"),
@@ -137,21 +138,28 @@ def test_what_is_no_device_at_all_is_an_input_error(spec):
         get_device(spec)
 
 
-def test_a_third_vendor_is_one_class_and_one_entry(monkeypatch):
-    class HpuDevice(Device):
-        kind = "hpu"
+def test_a_vendor_is_one_class_and_one_entry(monkeypatch):
+    class AnyDevice(Device):
+        kind = "mtia"
         presence = classmethod(lambda _: TWO)
         name = total_memory = free_memory = memory_allocated = peak_memory = lambda _: 7
         reset_peak_memory = empty_cache = synchronize = supports_bf16 = lambda _: None
 
-    monkeypatch.setattr(manager, "VENDORS", (CudaDevice, HpuDevice, CpuDevice))
+    monkeypatch.setattr(manager, "ACCELERATORS", (CudaDevice, AnyDevice))
     absent = {"cuda": NOT_BUILT}
     probe = lambda vendor: absent.get(vendor.kind) or vendor.presence()  # noqa: E731
-    assert get_device(probe=probe).type == "hpu"
-    assert get_device("hpu:1", probe=probe) == torch.device("hpu", 1)
-    assert get_device_manager(probe=probe).memory_allocated() == 7
+    assert get_device(probe=probe).type == "mtia"
+    assert get_device("mtia:1", probe=probe) == torch.device("mtia", 1)
+    found = get_device_manager(probe=probe)
+    assert found.memory_allocated() == 7
+    assert found.supports("synchronize")
+    # What it leaves out it has not.
+    assert not any(found.supports(fn) for fn in ("stream", "event", "current_stream", "during", "pin"))
+    assert found.stream().query()
+    with found.during(found.stream()):
+        assert found.event(timed=True).query()
     with pytest.raises(DeviceError, match="no such number"):
-        get_device("hpu:2", probe=probe)
+        get_device("mtia:2", probe=probe)
 
 
 def test_this_machine():
@@ -160,25 +168,25 @@ def test_this_machine():
 
 
 def test_every_vendor_is_final_and_says_which_methods_stand_in():
-    for vendor in manager.VENDORS:
+    for vendor in manager.vendors():
         assert getattr(vendor, "__final__", sys.version_info < (3, 11))
-        device = vendor()
-        for method in Device.__abstractmethods__:
-            assert device.supports(method) or vendor is CpuDevice
+    assert all(CudaDevice().supports(method) for method in Device.__abstractmethods__)
     with pytest.raises(InputError, match="got 'emtpy_cache'"):
         CpuDevice().supports("emtpy_cache")
     with pytest.raises(InputError):
         CpuDevice().supports("kind")
     assert not CpuDevice().supports("empty_cache")
     assert not CpuDevice().supports("synchronize")
+    assert not CpuDevice().supports("stream")
     assert CudaDevice().supports("empty_cache")
+    assert CudaDevice().supports("stream")
 
 
 def test_importing_and_choosing_loads_and_starts_nothing():
     code = (
         "import sys, apt_model.core.system as s, apt_model.core.policy; assert 'torch' not in sys.modules\n"
         "d = s.get_device_manager(); import torch; assert not torch.cuda.is_initialized()\n"
-        "assert sorted(s.__all__) == ['Device', 'Presence', 'get_device', 'get_device_manager']"
+        "assert not {'torch_npu', 'habana_frameworks', 'intel_extension_for_pytorch', 'triton'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True)
 
@@ -186,19 +194,61 @@ def test_importing_and_choosing_loads_and_starts_nothing():
 # --- CUDA, without a GPU
 
 
-def built_for(monkeypatch, *, cuda=None, hip=None, available=False, count=0):
+def built_for(monkeypatch, *, cuda=None, hip=None, count=0):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "is_available", available if callable(available) else lambda: available)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    # Below is_available, which has to be torch's own.
+    monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", count if callable(count) else lambda: count)
 
 
-def test_an_imitation_of_cuda_does_not_count(monkeypatch):
-    built_for(monkeypatch, available=True, count=8)
-    assert CudaDevice.presence() == Presence(
-        built=False, why=f"{torch.__version__} has neither CUDA nor ROCm", remedy=CudaDevice.presence().remedy
-    )
+def test_cuda_in_a_torch_without_it_does_not_count(monkeypatch):
+    built_for(monkeypatch, count=8)
+    why = f"torch {torch.__version__} is built with neither CUDA nor ROCm"
+    assert CudaDevice.presence() == Presence(installed=False, why=why, remedy=CudaDevice.presence().remedy)
     assert get_device().type == "cpu"
+
+
+def imitation():
+    return True
+
+
+imitation.__module__ = "torch_npu.contrib.transfer_to_npu"
+
+
+@pytest.mark.parametrize(
+    ("imitate", "who"),
+    [
+        (imitation, "torch_npu.contrib.transfer_to_npu"),
+        (functools.wraps(torch.cuda.is_available)(lambda: True), __file__),
+        (functools.partial(imitation), "functools"),
+    ],
+)
+def test_an_imitation_of_cuda_does_not_count(monkeypatch, imitate, who):
+    built_for(monkeypatch, cuda="13.0", count=8)
+    monkeypatch.setattr(torch.cuda, "is_available", imitate)
+    assert get_device().type == "cpu"
+    with pytest.raises(DeviceError) as caught:
+        get_device("cuda")
+    assert f"installed, but it does not load: torch.cuda is imitated by {who}" in caught.value.message
+    assert "take 'npu'" in caught.value.remedy
+
+
+def test_cuda_is_asked_so_that_a_process_can_fork_after_it(monkeypatch):
+    seen = []
+
+    def count():
+        seen.append(os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK"))
+        return 1
+
+    built_for(monkeypatch, cuda="13.0", count=count)
+    for before in (None, "0"):
+        if before is not None:
+            monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", before)
+        manager.ask.cache_clear()
+        assert get_device() == torch.device("cuda")
+        assert os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") == before
+    assert set(seen) == {"1"}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +261,7 @@ def test_what_cuda_and_rocm_say(monkeypatch, versions, platform_name, tool):
         get_device("cuda")
     assert f"built for {platform_name} and finds no GPU" in caught.value.message
     assert tool in caught.value.remedy
-    built_for(monkeypatch, **versions, available=True, count=4)
+    built_for(monkeypatch, **versions, count=4)
     manager.ask.cache_clear()
     assert get_device() == torch.device("cuda")
     assert get_device("cuda:3") == torch.device("cuda:3")
@@ -220,11 +270,11 @@ def test_what_cuda_and_rocm_say(monkeypatch, versions, platform_name, tool):
 
 
 def test_a_drivers_warning_becomes_the_reason(monkeypatch):
-    def is_available():
+    def count():
         warnings.warn("The NVIDIA driver on your system is too old", stacklevel=1)
-        return False
+        return 0
 
-    built_for(monkeypatch, cuda="13.0", available=is_available)
+    built_for(monkeypatch, cuda="13.0", count=count)
     with pytest.raises(DeviceError, match="not available: The NVIDIA driver on your system is too old"):
         get_device("cuda")
 

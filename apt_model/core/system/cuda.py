@@ -260,12 +260,13 @@ class CudaDevice(Device):
 
 
 def _imitator() -> str | None:
-    """The module that answers in place of `torch.cuda`, or None where it is torch's own."""
+    """The module or the file that answers in place of `torch.cuda`, or None where it is torch's own."""
     function = torch.cuda.is_available
     code = getattr(function, "__code__", None)
     if code is not None and Path(code.co_filename).parent == Path(torch.__file__).parent / "cuda":
         return None
-    return getattr(function, "__module__", None) or type(function).__module__
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return module if code is None or module != "torch.cuda" else code.co_filename
 
 
 def _platform() -> str | None:
