@@ -382,7 +382,7 @@ def test_another_device_is_made_the_current_one(driver, monkeypatch):
         current[0] = 0
 
     monkeypatch.setattr(cuda, "current_index", lambda: current[0])
-    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(cuda, "device_index", device_index)
     for _ in range(3):
         go(TENSORS)
     assert (of.launched, len(driver.seen), entered) == (1, 2, [1, 1, 1])

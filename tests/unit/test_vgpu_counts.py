@@ -229,7 +229,7 @@ class Stream:
 
 
 class Device:
-    real = True
+    streams = True
 
     def __init__(self):
         Event.made = 0
