@@ -588,6 +588,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("peak", [](int device) { return ledger().stats(device).allocated_bytes[0].peak; });
   module.def("reset_peak", [](int device) { ledger().reset(static_cast<c10::DeviceIndex>(device), true); });
   module.def("memory", [] { return kMemory; });
+  module.def("random_state", [](int device) {
+    return default_generator(static_cast<c10::DeviceIndex>(device)).get_state();
+  });
+  module.def("set_random_state", [](int device, const at::Tensor& state) {
+    default_generator(static_cast<c10::DeviceIndex>(device)).set_state(state);
+  });
   module.def("seed", [](int device, uint64_t seed) {
     default_generator(static_cast<c10::DeviceIndex>(device)).set_current_seed(seed);
   });

@@ -144,6 +144,16 @@ def test_seeds_repeat_draws(manager):
     assert torch.equal(torch.rand(4, device=manager.device), first)
 
 
+def test_the_state_of_its_draws_comes_back(manager):
+    assert manager.supports("random_state") is (KIND != "cpu")
+    before = manager.random_state()
+    if before is not None:
+        manager.manual_seed(11)
+        assert not torch.equal(manager.random_state(), before)
+        manager.set_random_state(before)
+        assert torch.equal(manager.random_state(), before)
+
+
 def test_types_it_computes_in(manager):
     assert manager.supports_dtype(torch.float32)
     assert not manager.supports_dtype(torch.quint8)

@@ -36,6 +36,8 @@ QUESTIONS = {
     "reset_peak_memory": Question("reset_peak_memory_stats", "reset_peak_memory_stats", None),
     "name": Question("get_device_name", None, ""),
     "manual_seed": Question("manual_seed_all", None, None),
+    "random_state": Question("get_rng_state", None, None),
+    "set_random_state": Question("set_rng_state", None, None),
     "current_index": Question("current_device", "current_device_index", 0),
     "current_stream": Question("current_stream", "current_stream", NOTHING),
     "supports_bf16": Question("is_bf16_supported", None, False),
@@ -161,6 +163,15 @@ class Accelerator(Device):
         """Seed the CPU's generators, those torch knows, and the vendor's by its own function."""
         torch.manual_seed(seed)
         _ask(self.kind, "manual_seed")(seed)
+
+    def random_state(self) -> torch.Tensor | None:
+        """The state of the vendor's generator; None where it does not give one."""
+        state: torch.Tensor | None = _ask(self.kind, "random_state")(self.device)
+        return state
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Go back to what `random_state` gave."""
+        _ask(self.kind, "set_random_state")(state, self.device)
 
     def supports_bf16(self) -> bool:
         """As the vendor's module answers; False where it does not say."""

@@ -167,10 +167,6 @@ class CudaDevice(Device):
         """A new stream of the GPU."""
         return torch.Stream(device=self.device)
 
-    def current_stream(self) -> Any:
-        """The stream that kernels go to now."""
-        return torch.accelerator.current_stream(self.device)
-
     def during(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """The stream itself is the context."""
         context: contextlib.AbstractContextManager[Any] = stream

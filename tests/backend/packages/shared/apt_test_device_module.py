@@ -56,6 +56,8 @@ def questions(device):
         "set_device": lambda where: device.set_current(index(where)),
         "manual_seed": lambda seed: device.seed(device.current(), seed),
         "manual_seed_all": manual_seed_all,
+        "get_rng_state": lambda where=None: device.random_state(index(where)),
+        "set_rng_state": lambda state, where=None: device.set_random_state(index(where), state),
         "synchronize": lambda where=None: device.synchronize(),  # noqa: ARG005 - torch passes it
         "memory_allocated": lambda where=None: device.allocated(index(where)),
         "max_memory_allocated": lambda where=None: device.peak(index(where)),
