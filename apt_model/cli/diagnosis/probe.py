@@ -111,8 +111,12 @@ def _device(found: dict[str, Any], asked: str | None) -> None:
             get_device_manager(asked)
         except AptError as error:
             found["asked"] = error.message
-    presence = CudaDevice.presence()
-    found["cuda"] = {"built": presence.built, "count": presence.count, "why": presence.why}
+    # Asked for itself, as it starts the driver and not only its management library; what is wrong, torch warns of.
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        presence = CudaDevice.presence()
+    why = "; ".join(str(warning.message) for warning in said) or presence.why
+    found["cuda"] = {"built": presence.installed, "count": presence.count, "why": why}
     manager = get_device_manager("cuda" if presence.usable else "cpu")
     found["kind"], found["name"] = manager.get_accelerator_type(), manager.name()
     found["memory"], found["free"] = manager.total_memory(), manager.free_memory()
