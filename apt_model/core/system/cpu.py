@@ -25,9 +25,10 @@ class CpuDevice(Device):
     """
 
     kind = "cpu"
-    stand_ins = frozenset(
-        {"empty_cache", "synchronize", "register_host", "unregister_host", "random_state", "set_random_state"}
-    )
+    stand_ins = frozenset({
+        "empty_cache", "synchronize", "register_host", "unregister_host", "random_state", "set_random_state", "seconds",
+        "driver",
+    })  # fmt: skip
 
     def __init__(self, index: int | None = None, memory: HostMemory | None = None, cpuinfo: Path = _CPUINFO) -> None:
         super().__init__(index)

@@ -1,9 +1,11 @@
 """NVIDIA GPUs, and AMD GPUs through ROCm, which torch also calls CUDA. No other file says `torch.cuda`."""
 
 import contextlib
+import re
 import statistics
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
@@ -13,6 +15,7 @@ from apt_model.core.system.device import Device, Presence
 
 # Of a graph, to time it.
 _REPLAYS = 7
+_NVIDIA = Path("/proc/driver/nvidia/version")
 # cudaHostRegisterPortable: pinned for every GPU of the process.
 _PORTABLE = 1
 
@@ -210,6 +213,15 @@ class CudaDevice(Device):
             with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                 result = work()
         return Recorded(graph.replay, result, graph.pool())
+
+    def driver(self) -> str | None:
+        """NVIDIA's, as its kernel module tells it."""
+        try:
+            told = _NVIDIA.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        found = re.search(r"Module\b.*?\s(\d+(?:\.\d+)+)\s", told)
+        return found[1] if found else None
 
     @staticmethod
     def toolkit() -> tuple[int, ...]:

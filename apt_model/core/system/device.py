@@ -1,6 +1,7 @@
 """What every vendor's device answers: one abstract class, and the ladder by which a vendor says what is there."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -84,6 +85,14 @@ class Device(ABC):
 
     def unregister_host(self, address: int) -> None:  # noqa: B027
         """Let go of the range of `register_host` that begins at `address`, before its memory goes."""
+
+    def seconds(self, work: Callable[[], object]) -> float | None:  # noqa: ARG002
+        """Time of `work`, which has run before, by the device's own clock; None where only the host's can tell."""
+        return None
+
+    def driver(self) -> str | None:
+        """The version of the vendor's driver; None where there is none, or it does not say."""
+        return None
 
     @classmethod
     @abstractmethod
