@@ -21,7 +21,8 @@ from apt_model.vgpu.disk_files import DirectFile, allocate, bytes_of
 from apt_model.vgpu.units import PAGE
 
 READ, WRITE = "disk read", "disk write"
-_CHUNK, _THREADS = 8 << 20, 4
+_WAYS = {WRITE: "write to the VGPU stack's store", READ: "read of the VGPU stack's store"}
+_CHUNK, _THREADS = 8 << 20, 8
 # Of the first file, from whose time the size of the others follows; how many times each is measured.
 _FIRST, _ROUNDS = 4 << 20, 3
 _PREFIX = "apt-bench-"
@@ -87,13 +88,16 @@ class Scratch:
         file = DirectFile(self.file, flags)
         try:
             with ThreadPoolExecutor(_THREADS) as pool:
-                begin = self.clock()
-                list(pool.map(lambda at: serve(file, at), range(0, size, _CHUNK)))
-                taken = self.clock() - begin
-            self.direct = file.direct
+                return self.timed(lambda: list(pool.map(lambda at: serve(file, at), range(0, size, _CHUNK))))
         finally:
+            self.direct = file.direct
             file.close()
-        return max(taken, 1e-9)
+
+    def timed(self, work: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        begin = self.clock()
+        work()
+        return max(self.clock() - begin, 1e-9)
 
 
 def aligned(size: int) -> Tensor:
@@ -103,45 +107,37 @@ def aligned(size: int) -> Tensor:
     return whole[start : start + size]
 
 
-def ceilings(scratch: Scratch) -> dict[str, Ceiling]:
-    """Plain reads and writes of a file by a few threads; the fastest of three."""
-    out = aligned(scratch.size)
-    found = {}
-    for name, work in ((WRITE, scratch.write), (READ, lambda: scratch.read(out))):
-        rate = scratch.size / min(work() for _ in range(_ROUNDS)) / 1e9
-        past = "with O_DIRECT" if scratch.direct else "through the page cache, as this file system takes no O_DIRECT"
-        how = f"{scratch.size / 2**20:.0f} MiB by {_THREADS} threads in pieces of {_CHUNK >> 20} MiB, {past}"
-        found[name] = Ceiling(unit="GB/s", how=how, rate=rate)
-    if not torch.equal(out, scratch.data):
-        wrong = "the file was read as other bytes than were written"
-        return {name: Ceiling(unit="GB/s", how=each.how, why=wrong) for name, each in found.items()}
-    return found
-
-
 def disk_rows(course: Course, scratch: Scratch) -> Iterator[Row]:
-    """The VGPU stack's store on the same disk: writes, and reads with their checksums compared."""
-    course.told("disk, the VGPU stack's store")
-    named = f"{scratch.size / 2**20:.0f} MiB"
-    out = aligned(scratch.size)
-    with DiskStore(scratch.folder / "store", 2 * scratch.size + PAGE) as store:
+    """The VGPU stack's store: writes, and reads with their checksums compared, beside plain ones of as many bytes.
 
-        def timed(work: Callable[[], None]) -> float:
-            times = []
-            for _ in range(_ROUNDS):
-                begin = scratch.clock()
-                work()
-                times.append(scratch.clock() - begin)
-            return max(min(times), 1e-9)
+    All take turns, as others use the disk too; the fastest of three counts.
+    """
+    out, wrong = aligned(scratch.size), {"plain": 0.0, "store": 0.0}
+    plain: dict[str, list[float]] = {WRITE: [], READ: []}
+    ours: dict[str, list[float]] = {WRITE: [], READ: []}
+    with DiskStore(scratch.folder / "store", 2 * scratch.size + PAGE, threads=_THREADS, chunk=_CHUNK) as store:
+        for _ in range(_ROUNDS):
+            plain[WRITE].append(scratch.write())
+            plain[READ].append(scratch.read(out.zero_()))
+            wrong["plain"] = max(wrong["plain"], _share_wrong(out, scratch.data))
+            ours[WRITE].append(scratch.timed(lambda: store.write("blob", scratch.data)))
+            out.zero_()
+            ours[READ].append(scratch.timed(lambda: store.read("blob", out)))
+            wrong["store"] = max(wrong["store"], _share_wrong(out, scratch.data))
+    for name, what in _WAYS.items():
+        course.ceilings[name] = _ceiling(scratch, min(plain[name]), wrong["plain"])
+        row = Row(part="disk", what=what, shape=f"{scratch.size / 2**20:.0f} MiB")
+        row = checked(row, lambda: wrong["store"], 0.0, functools.partial(min, ours[name]))
+        yield beside(row, course.ceilings, {name: float(scratch.size)})
 
-        def wrong_bytes() -> float:
-            store.write("blob", scratch.data)
-            store.read("blob", out.zero_())
-            return float((out != scratch.data).sum()) / scratch.size
 
-        for name, what, work in (
-            (WRITE, "write to the VGPU stack's store", lambda: store.write("blob", scratch.data)),
-            (READ, "read of the VGPU stack's store", lambda: store.read("blob", out)),
-        ):
-            row = Row(part="disk", what=what, shape=named)
-            row = checked(row, wrong_bytes, 0.0, functools.partial(timed, work))
-            yield beside(row, course.ceilings, {name: float(scratch.size)})
+def _share_wrong(got: Tensor, expected: Tensor) -> float:
+    return float((got != expected).sum()) / len(expected)
+
+
+def _ceiling(scratch: Scratch, seconds: float, wrong: float) -> Ceiling:
+    past = "with O_DIRECT" if scratch.direct else "through the page cache, as this file system takes no O_DIRECT"
+    how = f"{scratch.size / 2**20:.0f} MiB by {_THREADS} threads in pieces of {_CHUNK >> 20} MiB, {past}"
+    if wrong:
+        return Ceiling(unit="GB/s", how=how, why=f"{wrong:.1e} of the bytes were read as others than were written")
+    return Ceiling(unit="GB/s", how=how, rate=scratch.size / seconds / 1e9)

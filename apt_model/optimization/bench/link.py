@@ -25,11 +25,16 @@ def ceilings(watch: Stopwatch, size: int) -> dict[str, Ceiling]:
     for name in _WAYS:
         how = f"one copy of {size / 2**20:.0f} MiB of memory that torch has pinned"
         try:
-            host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            found[name] = Ceiling(unit="GB/s", how=how, rate=size / _copy_s(watch, name, host) / 1e9)
+            found[name] = Ceiling(unit="GB/s", how=how, rate=pinned_gbps(watch, name, size))
         except RuntimeError as error:  # a driver that pins nothing
             found[name] = Ceiling(unit="GB/s", how=how, why=reason(error))
     return found
+
+
+def pinned_gbps(watch: Stopwatch, name: str, size: int) -> float:
+    """Of one copy of memory that torch has pinned; `RuntimeError` where it cannot."""
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return size / _copy_s(watch, name, host) / 1e9
 
 
 def link_rows(course: Course, size: int) -> Iterator[Row]:

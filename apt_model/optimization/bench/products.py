@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ FORMATS = ("nvfp4", "mxfp4")
 _PIECE = 1024
 _STD = 0.02
 _MOST_COPIES = 64
+# Bytes an element of a weight takes in all its forms at once, the fp32 of the comparison included; of x and of y.
+_BYTES_OF_WEIGHT, _BYTES_OF_ROWS = 16, 12
 
 
 class Arm(NamedTuple):
@@ -43,6 +46,18 @@ class Arm(NamedTuple):
     nbytes: int
     """Of one weight."""
     out_features: int
+
+
+def fitting(
+    shapes: Sequence[tuple[int, int]], rows: int, turns: int, room: int
+) -> tuple[tuple[int, int], ...]:  # fmt: skip
+    """Those of `shapes` that can be measured in `room` bytes, with so many rows and bytes that take turns; or the last.
+
+    Turns are those of four arms.
+    """
+    left = room - 4 * turns
+    found = [each for each in shapes if _BYTES_OF_WEIGHT * math.prod(each) + _BYTES_OF_ROWS * rows * sum(each) <= left]
+    return tuple(found) or (shapes[-1],)
 
 
 def native(device: Device) -> torch.dtype:

@@ -75,11 +75,9 @@ class Report:
 
 
 _SHAPES_GPU = ((14336, 4096), (4096, 4096), (2048, 2048), (1024, 1024), (256, 256))
-_SHAPES_CPU = ((2048, 2048), (1024, 1024), (512, 512), (256, 256))
+_SHAPES_CPU = ((2048, 1024), (1024, 1024), (512, 512), (256, 256))
 # A ceiling is the fastest of so many, as others use the machine too.
 _TRIES = 3
-# Bytes an element of a weight in all its forms at once, the fp32 that results are compared with included; of x and y.
-_BYTES_OF_WEIGHT, _BYTES_OF_ROWS = 16, 12
 
 
 def sizes_of(device: Device, *, small: bool = False) -> Sizes:
@@ -93,17 +91,12 @@ def sizes_of(device: Device, *, small: bool = False) -> Sizes:
         )  # fmt: skip
     turns = min(256 << 20 if real else 64 << 20, room // 8)
     every = _SHAPES_GPU if real else _SHAPES_CPU
-    fitting = [shape for shape in every if 4 * turns + _need(shape) <= room] or [every[-1]]
     side = next((side for side in ((8192, 4096, 2048) if real else (2048, 1024)) if 12 * side**2 <= room), 512)
     return Sizes(
-        shapes=tuple(fitting[:2]), lengths=(512, 2048, 8192) if real else (128, 512, 2048),
+        shapes=products.fitting(every, 4096, turns, room)[:2], lengths=(512, 2048, 8192) if real else (128, 512, 2048),
         heads=(16, 128) if real else (8, 64), side=side, turns=turns,
         copied=min(256 << 20, room // 4), written=256 << 20, seconds=0.1 if real else 0.04, room=room,
     )  # fmt: skip
-
-
-def _need(shape: tuple[int, int]) -> int:
-    return _BYTES_OF_WEIGHT * shape[0] * shape[1] + _BYTES_OF_ROWS * 4096 * sum(shape)
 
 
 def bench(
@@ -159,10 +152,9 @@ def _linked(course: Course, sizes: Sizes) -> Iterator[Row]:
 
 def _stored(course: Course, sizes: Sizes, folder: Path | None) -> list[Row]:
     rows: list[Row] = []
-    course.told("ceilings of the disk")
+    course.told("disk")
     try:
         with disk.Scratch(folder, sizes.written, sizes.disk_seconds) as scratch:
-            course.ceilings.update(disk.ceilings(scratch))
             rows += disk.disk_rows(course, scratch)
     except (AptError, OSError) as error:
         rows.append(Row(part="disk", what="write and read", why=reason(error)))
