@@ -61,9 +61,9 @@ def run(args: Sequence[str]) -> None:
 
         bench_text.tell(report)
         if written:
-            output.write_facts(
-                [("written", ", ".join(map(str, written))), *([("not written", missing)] * bool(missing))]
-            )
+            output.write("\n")
+            facts = [("written", ", ".join(map(str, written))), ("not written", missing or "")]
+            output.write_facts([fact for fact in facts if fact[1]])
     if report.wrong:
         raise SystemExit(1)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from apt_model.cli.bench_text import percent
+from apt_model.cli.bench_text import figure, percent
 from apt_model.core.errors import MissingExtraError
 from apt_model.core.files import atomic_file
 from apt_model.optimization.bench.rows import Row
@@ -27,14 +27,14 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415 - optional and slow to import
 
     bars = _shown(report.rows)
-    figure = Figure(figsize=(13, max(5.0, _FRAME + _BAR * len(bars))), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    drawn = Figure(figsize=(13, max(5.0, _FRAME + _BAR * len(bars))), layout="constrained")
+    left, right = drawn.subplots(1, 2, width_ratios=(1, 1.25))
     _speed_ups(left, [row for row in report.rows if row.part == "linear"])
     _shares(right, bars)
-    figure.suptitle(_title(report), fontsize=10)
-    figure.supxlabel(_ceilings(report), fontsize=8, color="0.3")
+    drawn.suptitle(_title(report), fontsize=10)
+    drawn.supxlabel(_ceilings(report), fontsize=8, color="0.3")
     with atomic_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+        drawn.savefig(partial, dpi=120, format="png")
 
 
 def _title(report: Report) -> str:
@@ -45,7 +45,9 @@ def _title(report: Report) -> str:
 
 
 def _ceilings(report: Report) -> str:
-    known = [f"{name} {each.rate:.4g} {each.unit}" for name, each in report.ceilings.items() if each.rate is not None]
+    known = [
+        f"{name} {figure(each.rate)} {each.unit}" for name, each in report.ceilings.items() if each.rate is not None
+    ]
     half = -(-len(known) // 2) if len(known) > 4 else len(known)
     lines = [",  ".join(part) for part in (known[:half], known[half:]) if part]
     return "ceilings:  " + "\n".join(lines)
@@ -111,7 +113,7 @@ def _shares(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlim(0, 1.5 * max(1.0, *shares) if shares else 1.5)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     for place, share, row in zip(places, shares, rows, strict=True):
-        text = f"{percent(share)} of {row.ceiling}, {row.rate:.3g} {row.unit}"
+        text = f"{percent(share)} of {row.ceiling}, {figure(row.rate or 0.0)} {row.unit}"
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
         axes.text(share + 0.015, place, text, va="center", fontsize=7.5, bbox=box)
     first = next((row.shape for row in rows if row.part == "linear"), "")

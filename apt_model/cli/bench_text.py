@@ -17,10 +17,9 @@ _TITLES = {
 def tell(report: Report) -> None:
     """The machine, the ceilings, and a table a part."""
     output.write_facts(_machine(report))
-    measured = [(name, each) for name, each in report.ceilings.items() if each.rate is not None]
     output.write_table(
         ("ceiling", "rate", "unit"),
-        [(name, output.figure(each.rate, ".4g"), each.unit) for name, each in measured],
+        [(name, figure(each.rate), each.unit) for name, each in report.ceilings.items() if each.rate is not None],
         "\nceilings, measured in this run",
     )
     output.write_facts([(name, each.how if each.why is None else f"not measured: {each.why} ({each.how})")
@@ -59,7 +58,7 @@ def _header(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
-    rate = f"{row.rate:.4g} {row.unit}" if row.rate is not None else "-"
+    rate = f"{figure(row.rate)} {row.unit}" if row.rate is not None else "-"
     share = percent(row.share) if row.share is not None else "-"
     over = f"{row.speed_up:.2f}x" if row.speed_up is not None else ""
     cells = (_name(row), _time(row.seconds), rate, share, row.ceiling or "")
@@ -74,6 +73,11 @@ def _name(row: Row) -> str:
     if row.part == "linear" and row.rows is not None:
         return f"{row.shape}, {row.rows:,} row{'s'[: row.rows > 1]}, {row.what}"
     return f"{row.shape}, {row.what}" if row.shape else row.what
+
+
+def figure(rate: float) -> str:
+    """Three digits or more, and no powers of ten."""
+    return f"{rate:,.0f}" if rate >= 999.5 else f"{rate:.3g}"
 
 
 def percent(share: float) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from apt_model.core.errors import StorageError
-from apt_model.optimization.bench.rows import Ceiling, Course, Row, beside, checked
+from apt_model.optimization.bench.rows import Ceiling, Course, Row, beside, checked, random_bytes
 from apt_model.vgpu.disk import DiskStore
 from apt_model.vgpu.disk_files import DirectFile, allocate, bytes_of
 from apt_model.vgpu.units import PAGE
@@ -57,7 +57,7 @@ class Scratch:
                 if self.size < min(_FIRST, self._most):
                     raise StorageError(f"{self.folder.parent}: {free / 1e6:.1f} MB may be used of the disk, too few")
                 self.data = aligned(self.size)
-                self.data.copy_(torch.randint(256, (self.size,), dtype=torch.uint8))
+                self.data.copy_(random_bytes(self.size))
                 first = min(_FIRST, self.size)
                 rate = first / self.write(first)
                 self.size = max(first, min(self.size, int(rate * self._seconds))) // PAGE * PAGE

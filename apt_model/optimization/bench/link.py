@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apt_model.core.system.timing import Stopwatch
-from apt_model.optimization.bench.rows import Ceiling, Course, Row, beside, checked, failed, reason
+from apt_model.optimization.bench.rows import Ceiling, Course, Row, beside, checked, failed, random_bytes, reason
 from apt_model.vgpu.arena import DevicePin, HostArena
 from apt_model.vgpu.units import PAGE, padded
 
@@ -76,7 +76,7 @@ def _copy_s(watch: Stopwatch, name: str, host: Tensor) -> float:
 
 def wrong_bytes(watch: Stopwatch, name: str, host: Tensor) -> float:
     """Share of bytes that arrive as others than were sent."""
-    sent = torch.randint(256, host.shape, dtype=torch.uint8)
+    sent = random_bytes(host.numel())
     device = torch.empty(host.shape, dtype=host.dtype, device=watch.device.device)
     if name == TO:
         host.copy_(sent)

@@ -94,7 +94,7 @@ def layer_rows(
     names = f"{shape[0]} x {shape[1]}"
     told(f"linear {names}")
     try:
-        dense = nn.Linear(shape[1], shape[0], bias=False, device=device.device)
+        dense = nn.Linear(shape[1], shape[0], bias=False, device=device.device).requires_grad_(requires_grad=False)
         nn.init.normal_(dense.weight, std=_STD)
         others = [_dense(dense, dtype, turns) for dtype in peers(device)]
         packed = [_packed(dense, form, native(device), turns) for form in formats]
@@ -106,7 +106,7 @@ def layer_rows(
         x = torch.randn(count, shape[1], device=device.device)
         found = []
         for arm in (*others, *packed):
-            told(f"linear {names}, {count} rows, {arm.what}")
+            told(f"linear {names}, {count:,} row{'s'[: count > 1]}, {arm.what}")
             row = Row(part="linear", what=arm.what, shape=names, rows=count)
             found.append(_measured(course, row, arm, x))
         timed = [row for row in found[: len(others)] if row.seconds is not None]

@@ -86,6 +86,11 @@ def squares(got: Tensor, expected: Tensor) -> tuple[float, float]:
     return float((got.float() - expected).square().sum()), float(expected.square().sum())
 
 
+def random_bytes(count: int) -> Tensor:
+    """[count] uint8 on the CPU, drawn eight at a time."""
+    return torch.randint(-(2**63), 2**63 - 1, (-(-count // 8),)).view(torch.uint8)[:count]
+
+
 def ratio(differing: float, expected: float) -> float:
     """The error of two sums of squares; infinite where there is no number."""
     found = (differing / expected) ** 0.5 if expected else 0.0 if differing == 0 else float("inf")
