@@ -13,7 +13,7 @@ from apt_model.core.system import get_device_manager
 from apt_model.core.system.timing import Stopwatch
 from apt_model.optimization.bench import link
 from apt_model.optimization.bench.run import bench, sizes_of
-from apt_model.optimization.calibrate import calibrate
+from apt_model.optimization.calibration import calibrate
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,7 +19,7 @@ from apt_model.core.system.cpu import CpuDevice
 from apt_model.core.system.device import Device
 from apt_model.core.system.timing import Stopwatch
 from apt_model.layers.fp4_linear import FusedFP4Linear
-from apt_model.optimization import calibrate as calibration
+from apt_model.optimization import calibration
 from apt_model.optimization.bench import attention, disk, link, products
 from apt_model.optimization.bench import run as bench_run
 from apt_model.optimization.bench.rows import MEMORY, Ceiling, Course, Row, beside, beside_peer, checked, random_bytes
