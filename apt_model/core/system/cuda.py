@@ -1,6 +1,7 @@
 """NVIDIA GPUs, and AMD GPUs through ROCm, which torch also calls CUDA. No other file says `torch.cuda`."""
 
 import contextlib
+import functools
 import re
 import statistics
 import warnings
@@ -172,13 +173,13 @@ class CudaDevice(Device):
         `work` has run before, so that nothing is left to compile.
         """
         with torch.cuda.device(self.index):
-            aside = torch.cuda.Stream()
+            aside = _aside(torch.cuda.current_device())
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 work()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=aside):
                 work()
             graph.replay()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -232,6 +233,12 @@ class CudaDevice(Device):
     def is_capturing() -> bool:
         """Whether the current stream records a CUDA graph."""
         return torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _aside(index: int) -> torch.cuda.Stream:
+    """One a GPU to time work on: for each stream that multiplies, torch keeps tens of MB of workspace for good."""
+    return torch.cuda.Stream(index)
 
 
 def _platform() -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from apt_model.core.errors import StorageError
-from apt_model.optimization.bench.rows import Ceiling, Course, Row, beside, checked, random_bytes
+from apt_model.optimization.bench.rows import Ceiling, Course, Row, beside, checked, random_bytes, wrong_share
 from apt_model.vgpu.disk import DiskStore
 from apt_model.vgpu.disk_files import DirectFile, allocate, bytes_of
 from apt_model.vgpu.units import PAGE
@@ -119,20 +119,16 @@ def disk_rows(course: Course, scratch: Scratch) -> Iterator[Row]:
         for _ in range(_ROUNDS):
             plain[WRITE].append(scratch.write())
             plain[READ].append(scratch.read(out.zero_()))
-            wrong["plain"] = max(wrong["plain"], _share_wrong(out, scratch.data))
+            wrong["plain"] = max(wrong["plain"], wrong_share(out, scratch.data))
             ours[WRITE].append(scratch.timed(lambda: store.write("blob", scratch.data)))
             out.zero_()
             ours[READ].append(scratch.timed(lambda: store.read("blob", out)))
-            wrong["store"] = max(wrong["store"], _share_wrong(out, scratch.data))
+            wrong["store"] = max(wrong["store"], wrong_share(out, scratch.data))
     for name, what in _WAYS.items():
         course.ceilings[name] = _ceiling(scratch, min(plain[name]), wrong["plain"])
         row = Row(part="disk", what=what, shape=f"{scratch.size / 2**20:.0f} MiB")
         row = checked(row, lambda: wrong["store"], 0.0, functools.partial(min, ours[name]))
         yield beside(row, course.ceilings, {name: float(scratch.size)})
-
-
-def _share_wrong(got: Tensor, expected: Tensor) -> float:
-    return float((got != expected).sum()) / len(expected)
 
 
 def _ceiling(scratch: Scratch, seconds: float, wrong: float) -> Ceiling:

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from apt_model.core.system.timing import Stopwatch
-from apt_model.optimization.bench.rows import Ceiling, Course, Row, beside, checked, failed, random_bytes, reason
+from apt_model.optimization.bench.rows import (
+    Ceiling,
+    Course,
+    Row,
+    beside,
+    checked,
+    failed,
+    random_bytes,
+    reason,
+    wrong_share,
+)
 from apt_model.vgpu.arena import DevicePin, HostArena
 from apt_model.vgpu.units import PAGE, padded
 
@@ -89,4 +99,4 @@ def wrong_bytes(watch: Stopwatch, name: str, host: Tensor) -> float:
         host.copy_(device, non_blocking=True)
         watch.device.synchronize()
         came = host
-    return float((came != sent).sum()) / sent.numel()
+    return wrong_share(came, sent)

@@ -91,6 +91,11 @@ def random_bytes(count: int) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (-(-count // 8),)).view(torch.uint8)[:count]
 
 
+def wrong_share(got: Tensor, expected: Tensor) -> float:
+    """Of bytes that are others than was expected."""
+    return 0.0 if torch.equal(got, expected) else float((got != expected).sum()) / expected.numel()
+
+
 def ratio(differing: float, expected: float) -> float:
     """The error of two sums of squares; infinite where there is no number."""
     found = (differing / expected) ** 0.5 if expected else 0.0 if differing == 0 else float("inf")

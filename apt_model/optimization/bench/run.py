@@ -95,7 +95,7 @@ def sizes_of(device: Device, *, small: bool = False) -> Sizes:
     return Sizes(
         shapes=products.fitting(every, 4096, turns, room)[:2], lengths=(512, 2048, 8192) if real else (128, 512, 2048),
         heads=(16, 128) if real else (8, 64), side=side, turns=turns,
-        copied=min(256 << 20, room // 4), written=256 << 20, seconds=0.1 if real else 0.04, room=room,
+        copied=min(256 << 20, room // 4), written=128 << 20, seconds=0.1 if real else 0.04, room=room,
     )  # fmt: skip
 
 
