@@ -87,7 +87,7 @@ def _measured(device: Device, folder: Path | None) -> Calibration:
     layers = _LAYERS_GPU if real else _LAYERS_CPU
     shape = products.fitting(layers, many, turns, device.free_memory() // 2)[0]
     with torch.inference_mode():
-        rows = list(products.layer_rows(Course(watch, {}, lambda _: None), shape, (1, many), turns, (_FORMAT,)))
+        rows = list(products.layer_rows(Course(watch), shape, (1, many), turns, (_FORMAT,)))
         link_gbps = _link(watch, why)
     few, most = (_packed(rows, count, f"{name}_speed_up", why) for name, count in (("few", 1), ("many", many)))
     return Calibration(

@@ -47,7 +47,7 @@ def test_a_short_run_measures_everything_and_names_its_machine(found):
     assert {"nvfp4", "mxfp4", "nn.Linear fp32", "SDPA"} <= {row["what"] for row in measured}
     assert all(row["rate"] > 0 and row["share"] > 0 for row in measured)
     assert (values["written"], values["not_written"]) == ([], None)
-    assert told.startswith("ceilings of memory and products\n")
+    assert told.startswith("ceilings of memory, products and link\n")
 
 
 def test_tables_are_plain_text_and_nothing_is_written(capsys, tmp_path, monkeypatch):

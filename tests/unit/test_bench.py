@@ -46,8 +46,8 @@ class FixedWatch:
         return self.seconds
 
 
-def course(watch=None, told=lambda _: None):
-    return Course(watch or FixedWatch(), dict(CEILINGS), told)
+def course(watch=None):
+    return Course(watch or FixedWatch())
 
 
 # Clocks.
@@ -101,20 +101,20 @@ def test_where_a_device_tells_its_own_time_that_counts():
 
 
 def test_a_row_stands_beside_the_ceiling_that_takes_longest():
-    row = Row(part="linear", what="x", seconds=1.0)
-    few = beside(row, CEILINGS, {MEMORY: 5e9, "product bf16": 1e11})
+    row = Row(part="linear", what="x", seconds=1.0, work={MEMORY: 5e9, "product bf16": 1e11})
+    few = beside(row, CEILINGS)
     assert (few.ceiling, few.rate, few.unit, few.share) == (MEMORY, 5.0, "GB/s", 0.5)
-    many = beside(row, CEILINGS, {MEMORY: 5e9, "product bf16": 8e11})
+    many = beside(dataclasses.replace(row, work={MEMORY: 5e9, "product bf16": 8e11}), CEILINGS)
     assert (many.ceiling, many.unit) == ("product bf16", "TFLOP/s")
     assert (many.rate, many.share) == (pytest.approx(0.8), pytest.approx(0.8))
 
 
 def test_without_a_ceiling_or_a_time_there_is_no_share():
-    row = Row(part="linear", what="x", seconds=1.0)
+    row = Row(part="linear", what="x", seconds=1.0, work={MEMORY: 5e9, "product bf16": 1e11})
     unknown = {MEMORY: Ceiling(unit="GB/s", how="copies", why="no memory")}
-    assert beside(row, unknown, {MEMORY: 5e9, "product bf16": 1e11}) == row
+    assert beside(row, unknown) == row
     untimed = dataclasses.replace(row, seconds=None)
-    assert beside(untimed, CEILINGS, {MEMORY: 5e9}) == untimed
+    assert beside(untimed, CEILINGS) == untimed
     assert beside_peer(row, untimed) == row
     assert beside_peer(row, dataclasses.replace(row, what="peer", seconds=3.0)).speed_up == 3
 
@@ -145,7 +145,7 @@ def test_bytes_are_of_all_values():
 def test_layers_are_compared_with_the_faster_peer():
     rows = list(products.layer_rows(course(), (32, 64), (1, 3), 0))
     assert [row.rows for row in rows] == [1] * 4 + [3] * 4
-    assert all(row.status == "measured" and row.share > 0 for row in rows)
+    assert all(row.status == "measured" and beside(row, CEILINGS).share > 0 for row in rows)
     packed = [row for row in rows if row.what in products.FORMATS]
     assert [row.speed_up for row in packed] == [1.0] * 4
     assert all(row.peer.startswith("nn.Linear") for row in packed)
@@ -252,9 +252,8 @@ def test_a_cpu_has_no_link():
 
 
 def test_a_device_that_pins_nothing_says_so_and_pageable_memory_is_measured():
-    found = course(FixedWatch(device=Ticking()))
-    found.ceilings[link.TO] = Ceiling(unit="GB/s", how="pinned", rate=1.0)
-    rows = list(link.link_rows(found, 10**6))
+    limits = {link.TO: Ceiling(unit="GB/s", how="pinned", rate=1.0)}
+    rows = [beside(row, limits) for row in link.link_rows(course(FixedWatch(device=Ticking())), 10**6)]
     assert ["pins no memory" in (row.why or "") for row in rows] == [True, True, False, False]
     assert [row.status for row in rows[2:]] == ["measured"] * 2
     assert (rows[2].rate, rows[2].share, rows[3].share) == (1.0, 1.0, None)
@@ -288,11 +287,10 @@ def scratch(tmp_path):
 
 @pytest.mark.usefixtures("quiet_vgpu")
 def test_the_store_is_measured_beside_plain_files(scratch):
-    found = course()
-    rows = list(disk.disk_rows(found, scratch))
+    limits, rows = disk.measured(scratch)
+    rows = [beside(row, limits) for row in rows]
     assert [row.ceiling for row in rows] == [disk.WRITE, disk.READ]
     assert all(row.status == "measured" and row.share > 0 for row in rows)
-    assert found.ceilings[disk.READ].rate > 0
 
 
 @pytest.mark.usefixtures("quiet_vgpu")
@@ -300,7 +298,7 @@ def test_the_store_is_measured_beside_plain_files(scratch):
 def test_nothing_is_left_on_the_disk(tmp_path, stop):
     with pytest.raises(stop) if stop else pytest.MonkeyPatch.context(), disk.Scratch(tmp_path, 1 << 20, 0.1) as found:
         assert left_in(tmp_path)
-        list(disk.disk_rows(course(), found))
+        disk.measured(found)
         if stop:
             raise stop
     assert left_in(tmp_path) == []
@@ -328,12 +326,8 @@ def test_a_slow_disk_gets_a_small_file(tmp_path):
         assert found.size == 4 << 20
 
 
-def sizes(**changes):
-    return dataclasses.replace(bench_run.sizes_of(CPU, small=True), **changes)
-
-
-def stored(folder, monkeypatch=None):
-    return bench_run._stored(course(), sizes(), folder)
+def stored(folder):
+    return bench_run._stored(course(), bench_run.sizes_of(CPU, small=True), folder)[1]
 
 
 def test_a_full_disk_is_a_row_that_says_so(tmp_path, monkeypatch):
@@ -368,11 +362,10 @@ def test_a_read_only_folder_is_a_row():
 def test_a_disk_that_changes_bytes_is_no_ceiling(scratch, monkeypatch):
     read = disk.Scratch.read
     monkeypatch.setattr(disk.Scratch, "read", lambda self, out: (read(self, out), out[:9].add_(1))[0])
-    found = course()
-    rows = list(disk.disk_rows(found, scratch))
-    assert found.ceilings[disk.READ].rate is None
-    assert "read as others than were written" in found.ceilings[disk.READ].why
-    assert [(row.status, row.share) for row in rows] == [("measured", None)] * 2
+    limits, rows = disk.measured(scratch)
+    assert limits[disk.READ].rate is None
+    assert "read as others than were written" in limits[disk.READ].why
+    assert [(row.status, beside(row, limits).share) for row in rows] == [("measured", None)] * 2
 
 
 @pytest.mark.usefixtures("quiet_vgpu")
@@ -381,7 +374,7 @@ def test_a_store_that_changes_bytes_has_no_speed(scratch, monkeypatch):
     monkeypatch.setattr(
         disk.DiskStore, "read", lambda self, key, out: (read(self, key, out), out[:9].add_(1))[0]
     )  # fmt: skip
-    rows = list(disk.disk_rows(course(), scratch))
+    _, rows = disk.measured(scratch)
     assert [(row.status, row.seconds, row.rate) for row in rows] == [("wrong", None, None)] * 2
 
 
@@ -410,6 +403,31 @@ def test_more_memory_means_larger_layers():
     areas = [math.prod(each.shapes[0]) for each in found]
     assert areas[0] > areas[1] > areas[2]
     assert found[0].side > found[2].side
+
+
+def test_the_higher_ceiling_of_either_end_of_a_run_counts(monkeypatch):
+    """What else ran at the beginning is no reason for a share above 1."""
+    rates = iter((0.5, 4.0))
+    monkeypatch.setattr(products, "peers", lambda _: (torch.float32,))
+    monkeypatch.setattr(products, "native", lambda _: torch.float32)
+    monkeypatch.setattr(products, "square_tflops", lambda *_: next(rates))
+    found = bench_run.bench(CPU, small=True, watch=FixedWatch())
+    limit = found.ceilings["product fp32"]
+    assert limit.rate == 4.0
+    bound = [row for row in found.rows if row.ceiling == "product fp32"]
+    assert all(row.share == pytest.approx(row.rate / 4.0) for row in bound)
+
+
+def test_a_ceiling_that_cannot_be_measured_costs_the_shares_alone(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(products, "square_tflops", fails)
+    monkeypatch.setattr(bench_run.Probe, "memory", fails)
+    found = bench_run.bench(CPU, small=True)
+    assert found.ceilings[MEMORY].why == "RuntimeError: out of memory"
+    assert all((row.status, row.share) == ("measured", None) for row in found.rows if row.part == "linear")
+    bench_text.tell(found)
 
 
 def test_the_report_says_what_it_is_true_for(report):

@@ -13,7 +13,6 @@ from apt_model.optimization.bench.rows import (
     MEMORY,
     Course,
     Row,
-    beside,
     beside_peer,
     checked,
     failed,
@@ -43,13 +42,16 @@ def attention_rows(
     """
     count, width = heads
     shape = (1, count, length, width)
-    rows = {what: Row(part="attention", what=what, shape=_by(shape), rows=length) for what in _WAYS}
+    work = {
+        MEMORY: 4.0 * math.prod(shape) * dtype.itemsize,
+        product_name(dtype): 2.0 * count * width * length * (length + 1),
+    }
+    rows = {what: Row(part="attention", what=what, shape=_by(shape), rows=length, work=work) for what in _WAYS}
     try:
         qkv = [torch.randn(*shape, device=course.watch.device.device).to(dtype) for _ in range(3)]
     except Exception as problem:  # noqa: BLE001 - memory: the rows say so
         yield from (failed(row, problem) for row in rows.values())
         return
-    work = {MEMORY: 4.0 * qkv[0].nbytes, product_name(dtype): 2.0 * count * width * length * (length + 1)}
     need = count * length**2 * (3 * dtype.itemsize + 1)
     found = []
     for what, row in rows.items():
@@ -60,8 +62,7 @@ def attention_rows(
             continue
         call = functools.partial(_WAYS[what], *qkv)
         error = functools.partial(_error_of_call, call, qkv)
-        made = checked(row, error, limit_of(dtype), functools.partial(course.watch.gpu, [call]))
-        found.append(beside(made, course.ceilings, work))
+        found.append(checked(row, error, limit_of(dtype), functools.partial(course.watch.gpu, [call])))
     yield beside_peer(found[0], found[1])
     yield found[1]
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from apt_model.core.errors import StorageError
-from apt_model.optimization.bench.rows import Ceiling, Course, Row, beside, checked, random_bytes, wrong_share
+from apt_model.optimization.bench.rows import Ceiling, Row, checked, random_bytes, wrong_share
 from apt_model.vgpu.disk import DiskStore
 from apt_model.vgpu.disk_files import DirectFile, allocate, bytes_of
 from apt_model.vgpu.units import PAGE
@@ -107,8 +107,8 @@ def aligned(size: int) -> Tensor:
     return whole[start : start + size]
 
 
-def disk_rows(course: Course, scratch: Scratch) -> Iterator[Row]:
-    """The VGPU stack's store: writes, and reads with their checksums compared, beside plain ones of as many bytes.
+def measured(scratch: Scratch) -> tuple[dict[str, Ceiling], list[Row]]:
+    """Plain writes and reads, which are the ceilings, and the VGPU stack's store, which compares checksums as it reads.
 
     All take turns, as others use the disk too; the fastest of three counts.
     """
@@ -124,11 +124,12 @@ def disk_rows(course: Course, scratch: Scratch) -> Iterator[Row]:
             out.zero_()
             ours[READ].append(scratch.timed(lambda: store.read("blob", out)))
             wrong["store"] = max(wrong["store"], wrong_share(out, scratch.data))
+    ceilings = {name: _ceiling(scratch, min(times), wrong["plain"]) for name, times in plain.items()}
+    rows = []
     for name, what in _WAYS.items():
-        course.ceilings[name] = _ceiling(scratch, min(plain[name]), wrong["plain"])
-        row = Row(part="disk", what=what, shape=f"{scratch.size / 2**20:.0f} MiB")
-        row = checked(row, lambda: wrong["store"], 0.0, functools.partial(min, ours[name]))
-        yield beside(row, course.ceilings, {name: float(scratch.size)})
+        row = Row(part="disk", what=what, shape=f"{scratch.size / 2**20:.0f} MiB", work={name: float(scratch.size)})
+        rows.append(checked(row, lambda: wrong["store"], 0.0, functools.partial(min, ours[name])))
+    return ceilings, rows
 
 
 def _ceiling(scratch: Scratch, seconds: float, wrong: float) -> Ceiling:

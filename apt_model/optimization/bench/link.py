@@ -12,7 +12,6 @@ from apt_model.optimization.bench.rows import (
     Ceiling,
     Course,
     Row,
-    beside,
     checked,
     failed,
     random_bytes,
@@ -62,10 +61,9 @@ def link_rows(course: Course, size: int) -> Iterator[Row]:
                 yield from (failed(Row(part="link", what=f"{way}, {kind}"), problem) for way in _WAYS.values())
                 continue
             for name, way in _WAYS.items():
-                row = Row(part="link", what=f"{way}, {kind}", shape=f"{size / 2**20:.0f} MiB")
+                row = Row(part="link", what=f"{way}, {kind}", shape=f"{size / 2**20:.0f} MiB", work={name: float(size)})
                 error = functools.partial(wrong_bytes, watch, name, host)
-                row = checked(row, error, 0.0, functools.partial(_copy_s, watch, name, host))
-                yield beside(row, course.ceilings, {name: float(size)})
+                yield checked(row, error, 0.0, functools.partial(_copy_s, watch, name, host))
 
 
 def _pinned(held: contextlib.ExitStack, watch: Stopwatch, size: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Linear layers with 4-bit weights beside the same layers in 16 or 32 bits."""
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,6 @@ from apt_model.optimization.bench.rows import (
     NAMES,
     Course,
     Row,
-    beside,
     beside_peer,
     checked,
     failed,
@@ -107,26 +107,24 @@ def layer_rows(
         found = []
         for arm in (*others, *packed):
             told(f"linear {names}, {count:,} row{'s'[: count > 1]}, {arm.what}")
-            row = Row(part="linear", what=arm.what, shape=names, rows=count)
-            found.append(_measured(course, row, arm, x))
+            found.append(_measured(course.watch, Row(part="linear", what=arm.what, shape=names, rows=count), arm, x))
         timed = [row for row in found[: len(others)] if row.seconds is not None]
         peer = min(timed, key=lambda row: row.seconds or 0.0) if timed else None
         yield from found[: len(others)]
         yield from (beside_peer(row, peer) for row in found[len(others) :])
 
 
-def _measured(course: Course, row: Row, arm: Arm, x: Tensor) -> Row:
+def _measured(watch: Stopwatch, row: Row, arm: Arm, x: Tensor) -> Row:
     given = x.to(arm.dtype)
-    row = checked(
-        row,
-        lambda: error_of(arm.layers[0], given),
-        limit_of(arm.dtype),
-        lambda: course.watch.gpu([functools.partial(layer, given) for layer in arm.layers]),
-    )
     rows, width = given.shape
     moved = arm.nbytes + rows * (width + arm.out_features) * given.element_size()
     work = {MEMORY: float(moved), product_name(arm.dtype): 2.0 * rows * width * arm.out_features}
-    return beside(row, course.ceilings, work)
+    return checked(
+        dataclasses.replace(row, work=work),
+        lambda: error_of(arm.layers[0], given),
+        limit_of(arm.dtype),
+        lambda: watch.gpu([functools.partial(layer, given) for layer in arm.layers]),
+    )
 
 
 def error_of(layer: nn.Linear, x: Tensor) -> float:

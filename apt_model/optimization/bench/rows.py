@@ -44,6 +44,8 @@ class Row:
     error: float | None = None
     """Norm of the difference from what was expected over the norm of that; of copies, the share of wrong bytes."""
     seconds: float | None = None
+    work: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Bytes, or operations, by the name of the ceiling that they need."""
     rate: float | None = None
     unit: str | None = None
     ceiling: str | None = None
@@ -64,9 +66,7 @@ class Course(NamedTuple):
     """What every part of a benchmark goes by."""
 
     watch: Stopwatch
-    ceilings: dict[str, Ceiling]
-    """By name; each part adds its own."""
-    told: Told
+    told: Told = lambda _: None
     """Hears of what is in hand."""
 
 
@@ -125,25 +125,18 @@ def reason(problem: BaseException) -> str:
     return said.partition("\n")[0][:300]
 
 
-def beside(row: Row, ceilings: Ceilings, work: Mapping[str, float]) -> Row:
-    """The row beside the ceiling that takes longest for its work.
-
-    Args:
-        row: with its time, or without one and unchanged.
-        ceilings: by name.
-        work: bytes, or operations, by the name of the ceiling that they need.
-    """
+def beside(row: Row, ceilings: Ceilings) -> Row:
+    """The row beside the ceiling that takes longest for its work; unchanged without a time, or a ceiling's rate."""
     if row.seconds is None:
         return row
-    least = {name: amount / rate / _SCALE[ceilings[name].unit] for name, amount in work.items()
+    least = {name: amount / rate / _SCALE[ceilings[name].unit] for name, amount in row.work.items()
              if name in ceilings and (rate := ceilings[name].rate)}  # fmt: skip
     if not least:
         return row
     bound = max(least, key=lambda name: least[name])
     unit = ceilings[bound].unit
-    return dataclasses.replace(
-        row, rate=work[bound] / row.seconds / _SCALE[unit], unit=unit, ceiling=bound, share=least[bound] / row.seconds
-    )
+    rate = row.work[bound] / row.seconds / _SCALE[unit]
+    return dataclasses.replace(row, rate=rate, unit=unit, ceiling=bound, share=least[bound] / row.seconds)
 
 
 _SCALE = {"GB/s": 1e9, "TFLOP/s": 1e12}

@@ -21,7 +21,7 @@ from apt_model.core.system.device import Device
 from apt_model.core.system.timing import Stopwatch
 from apt_model.optimization.bench import disk, link, products
 from apt_model.optimization.bench.attention import attention_rows
-from apt_model.optimization.bench.rows import MEMORY, NAMES, Ceiling, Course, Row, Told, product_name, reason
+from apt_model.optimization.bench.rows import MEMORY, NAMES, Ceiling, Course, Row, Told, beside, product_name, reason
 from apt_model.vgpu.measure import Probe
 
 VERSION = 1
@@ -76,8 +76,6 @@ class Report:
 
 _SHAPES_GPU = ((14336, 4096), (4096, 4096), (2048, 2048), (1024, 1024), (256, 256))
 _SHAPES_CPU = ((2048, 1024), (1024, 1024), (512, 512), (256, 256))
-# A ceiling is the fastest of so many, as others use the machine too.
-_TRIES = 3
 
 
 def sizes_of(device: Device, *, small: bool = False) -> Sizes:
@@ -116,26 +114,40 @@ def bench(
     begin = time.perf_counter()
     sizes = sizes or sizes_of(device, small=small)
     watch = watch or Stopwatch(device, sizes.seconds)
-    course = Course(watch or Stopwatch(device, sizes.seconds), {}, told)
+    course = Course(watch or Stopwatch(device, sizes.seconds), told)
     with torch.inference_mode():
-        rows = [*_computed(course, sizes), *_linked(course, sizes)]
-    rows += _stored(course, sizes, folder)
+        limits = _limits(course, sizes)
+        rows = [*_computed(course, sizes), *link.link_rows(course, sizes.copied)]
+        limits = {name: _higher(limit, again) for (name, limit), again in zip(
+            limits.items(), _limits(course, sizes).values(), strict=True)}  # fmt: skip
+    of_disk, stored = _stored(course, sizes, folder)
+    limits |= of_disk
+    rows = [beside(row, limits) for row in (*rows, *stored)]
     return Report(
-        machine=machine(device), small=small, seconds=time.perf_counter() - begin, ceilings=course.ceilings, rows=rows
+        machine=machine(device), small=small, seconds=time.perf_counter() - begin, ceilings=limits, rows=rows
     )  # fmt: skip
+
+
+def _limits(course: Course, sizes: Sizes) -> dict[str, Ceiling]:
+    """Of memory, products and the link."""
+    device = course.watch.device
+    course.told("ceilings of memory, products and link")
+    found = {
+        MEMORY: _ceiling(
+            "GB/s", "a copy within the memory, bytes read and bytes written",
+            lambda: Probe(device, sizes.room, sizes.seconds).memory(),
+        )
+    }  # fmt: skip
+    for dtype in products.peers(device):
+        how = f"a product of {sizes.side} x {sizes.side} matrices in {NAMES[dtype]}"
+        product = functools.partial(products.square_tflops, course.watch, sizes.side, dtype)
+        found[product_name(dtype)] = _ceiling("TFLOP/s", how, product)
+    device.empty_cache()
+    return found | link.ceilings(course.watch, sizes.copied)
 
 
 def _computed(course: Course, sizes: Sizes) -> Iterator[Row]:
     device = course.watch.device
-    course.told("ceilings of memory and products")
-    course.ceilings[MEMORY] = _ceiling(
-        "GB/s", "a copy within the memory, bytes read and bytes written",
-        lambda: Probe(device, sizes.room, sizes.seconds).memory(),
-    )  # fmt: skip
-    for dtype in products.peers(device):
-        how = f"a product of {sizes.side} x {sizes.side} matrices in {NAMES[dtype]}"
-        product = functools.partial(products.square_tflops, course.watch, sizes.side, dtype)
-        course.ceilings[product_name(dtype)] = _ceiling("TFLOP/s", how, product)
     for shape in sizes.shapes:
         yield from products.layer_rows(course, shape, sizes.counts, sizes.turns)
         device.empty_cache()
@@ -144,26 +156,23 @@ def _computed(course: Course, sizes: Sizes) -> Iterator[Row]:
     device.empty_cache()
 
 
-def _linked(course: Course, sizes: Sizes) -> Iterator[Row]:
-    course.told("ceilings of the link")
-    course.ceilings.update(link.ceilings(course.watch, sizes.copied))
-    yield from link.link_rows(course, sizes.copied)
-
-
-def _stored(course: Course, sizes: Sizes, folder: Path | None) -> list[Row]:
-    rows: list[Row] = []
+def _stored(course: Course, sizes: Sizes, folder: Path | None) -> tuple[dict[str, Ceiling], list[Row]]:
     course.told("disk")
     try:
         with disk.Scratch(folder, sizes.written, sizes.disk_seconds) as scratch:
-            rows += disk.disk_rows(course, scratch)
+            return disk.measured(scratch)
     except (AptError, OSError) as error:
-        rows.append(Row(part="disk", what="write and read", why=reason(error)))
-    return rows
+        return {}, [Row(part="disk", what="write and read", why=reason(error))]
+
+
+def _higher(before: Ceiling, after: Ceiling) -> Ceiling:
+    """Of two that were measured at either end of a run, as others use the machine too."""
+    return max(before, after, key=lambda each: each.rate or 0.0)
 
 
 def _ceiling(unit: str, how: str, measured: Callable[[], float]) -> Ceiling:
     try:
-        return Ceiling(unit=unit, how=how, rate=max(measured() for _ in range(_TRIES)))
+        return Ceiling(unit=unit, how=how, rate=measured())
     except Exception as problem:  # noqa: BLE001 - of the driver or memory: rows that need it are without a share
         return Ceiling(unit=unit, how=how, why=reason(problem))
 
