@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apt_model.core.system.device import Device
+from apt_model.core.system.timing import Stopwatch
 from apt_model.ops import fp4
 from apt_model.vgpu.memory import Memory
 from apt_model.vgpu.modules import tree_of
@@ -27,7 +28,7 @@ _NARROWER = 4
 # Bytes of weights that take turns, so that no cache holds the next one.
 _TURNS_GPU, _TURNS_CPU = 256 * MB, 64 * MB
 # Of what is copied, to learn a rate; and how long each figure is measured: until a device is at its lasting speed.
-_PROBE, _SECONDS_GPU, _SECONDS_CPU, _ROUNDS = 64 * MB, 0.15, 0.06, 5
+_PROBE, _SECONDS_GPU, _SECONDS_CPU = 64 * MB, 0.15, 0.06
 _HEADS, _HEAD_WIDTH, _LENGTH_GPU, _LENGTH_CPU = 16, 128, 4096, 256
 _TINY_WIDTH, _TINY_HEADS = 64, 4
 _CHAIN_WIDTH_GPU, _CHAIN_WIDTH_CPU, _CHAIN_COPIES = 4096, 512, 8
@@ -54,22 +55,7 @@ class Probe:
 
     def time(self, work: Callable[[], object]) -> float:
         """Seconds of one call among many, until the device has done them."""
-        work()
-        self.device.synchronize()
-        begin = time.perf_counter()
-        work()
-        self.device.synchronize()
-        once = max(time.perf_counter() - begin, 1e-7)
-        count = max(1, int(self.seconds / _ROUNDS / once))
-        times = []
-        for _ in range(_ROUNDS if once < self.seconds else 2):
-            begin = time.perf_counter()
-            for _ in range(count):
-                work()
-            self.device.synchronize()
-            times.append((time.perf_counter() - begin) / count)
-        # What else runs on a CPU makes single rounds longer; a GPU's first ones are faster than what lasts.
-        return statistics.median(times) if self.real else min(times)
+        return Stopwatch(self.device, self.seconds).wall(work)
 
     def products(self, dtype: torch.dtype, *, narrow: bool = False) -> Curve:
         """Of linear layers in `dtype`, by rows of x."""

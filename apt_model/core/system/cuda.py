@@ -1,6 +1,8 @@
 """NVIDIA GPUs, and AMD GPUs through ROCm, which torch also calls CUDA. No other file says `torch.cuda`."""
 
 import contextlib
+import functools
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from apt_model.core.system.device import Device, Presence
 
 # Of a graph, to time it.
 _REPLAYS = 7
+_NVIDIA = Path("/proc/driver/nvidia/version")
 # cudaHostRegisterPortable: pinned for every GPU of the process.
 _PORTABLE = 1
 
@@ -202,13 +205,13 @@ class CudaDevice(Device):
         `work` has run before, so that nothing is left to compile.
         """
         with torch.cuda.device(self.index):
-            aside = torch.cuda.Stream()
+            aside = _aside(torch.cuda.current_device())
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 work()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=aside):
                 work()
             graph.replay()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -244,6 +247,15 @@ class CudaDevice(Device):
                 result = work()
         return Recorded(graph.replay, result, graph.pool())
 
+    def driver(self) -> str | None:
+        """NVIDIA's, as its kernel module tells it."""
+        try:
+            told = _NVIDIA.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        found = re.search(r"Module\b.*?\s(\d+(?:\.\d+)+)\s", told)
+        return found[1] if found else None
+
     @staticmethod
     def toolkit() -> tuple[int, ...]:
         """The version of CUDA, and so of NVIDIA's libraries, that torch was built with; () for ROCm."""
@@ -263,6 +275,12 @@ def _imitator() -> str | None:
         return None
     module = getattr(function, "__module__", None) or type(function).__module__
     return module if code is None or module != "torch.cuda" else code.co_filename
+
+
+@functools.cache
+def _aside(index: int) -> torch.cuda.Stream:
+    """One a GPU to time work on: for each stream that multiplies, torch keeps tens of MB of workspace for good."""
+    return torch.cuda.Stream(index)
 
 
 def _platform() -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ __all__ = ["Device", "Presence"]
 # What a device may leave as it is here: then it has no such thing, and says so in `supports`.
 _OPTIONAL = (
     "register_host", "unregister_host", "pin", "stream", "event", "current_stream", "during", "random_state",
-    "set_random_state",
+    "set_random_state", "seconds", "driver",
 )  # fmt: skip
 
 
@@ -111,6 +112,14 @@ class Device(ABC):
 
     def unregister_host(self, address: int) -> None:  # noqa: B027
         """Let go of the range of `register_host` that begins at `address`, before its memory goes."""
+
+    def seconds(self, work: Callable[[], object]) -> float | None:  # noqa: ARG002
+        """Time of `work`, which has run before, by the device's own clock; None where only the host's can tell."""
+        return None
+
+    def driver(self) -> str | None:
+        """The version of the vendor's driver; None where there is none, or it does not say."""
+        return None
 
     @classmethod
     @abstractmethod
