@@ -7,6 +7,7 @@ from typing import Any, TextIO
 from apt_model import __version__
 
 ABSENT = "not in this version"
+NOT_MEASURED = "not measured (vb.enable(calibrate=True), or apt-model bench)"
 
 
 def gibibytes(size: int) -> str:
@@ -17,7 +18,10 @@ def gibibytes(size: int) -> str:
 def title(facts: Mapping[str, Any]) -> str:
     """The line above the rows: the mode, and the precision with its reason."""
     native = "natively" if facts["native_bf16"] else "only by way of fp32"
-    precision = "bf16 autocast" if facts["precision"] == "bf16" else "fp32, no autocast"
+    weights = facts["mode"] in ("speed", "full")
+    precision = ("bf16 weights in inference" if weights else "bf16 autocast", "fp32, no autocast")[
+        facts["precision"] != "bf16"
+    ]
     mode = f"{facts['mode']} mode" if facts["enabled"] else "not enabled; balanced mode would be"
     return f"apt-transformer {__version__}: {mode}, {precision} (this {_noun(facts)} multiplies bf16 {native})"
 
@@ -25,7 +29,7 @@ def title(facts: Mapping[str, Any]) -> str:
 def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Name and text of each row, from what `facts.gather` found."""
     flash, vendors = facts["gpu_flash"], facts["multi_vendor_backend"]
-    limit = gibibytes(facts["accelerator"]["total_memory"])
+    bound = f"{_noun(facts)}'s {gibibytes(facts['accelerator']['total_memory'])}"
     kernels = ", ".join(flash["kernels"]) or "none"
     return [
         ("accelerator", _accelerator(facts["accelerator"])),
@@ -38,12 +42,31 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("multi-vendor backend", _standings(vendors)),
         ("cloud NPU", _present(facts["cloud_npu"])),
         ("left spin", "on in a model whose configuration has use_left_spin (its default); not a matter of the mode"),
-        ("expected speed-up", "not measured"),
+        ("expected speed-up", _speed_up(facts["expected_speed_up"])),
         (
             "virtual memory",
-            f"{_present(facts['virtual_memory'])} (VGPUStack); else what fits is bound by the {_noun(facts)}'s {limit}",
+            f"{_present(facts['virtual_memory'])} (VGPUStack); else what fits is bound by the {bound}; "
+            + _rates(facts["measured"]),
         ),
     ]
+
+
+def _speed_up(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return NOT_MEASURED
+    rows = ", ".join(
+        f"{'not measured' if ratio is None else f'{ratio:.2g} times'} at {count} row{'' if count == 1 else 's'}"
+        for count, ratio in found["by_rows"]
+    )
+    out_features, in_features = found["layer"]
+    return f"a {found['format']} layer of {out_features} x {in_features} over a plain one, measured: {rows}"
+
+
+def _rates(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return f"link and disk: {NOT_MEASURED}"
+    words = {"link": found["link_gbps"], "disk": found["disk_gbps"]}
+    return ", ".join(f"{name} {'none' if rate is None else f'{rate:.1f} GB/s'}" for name, rate in words.items())
 
 
 def show(facts: Mapping[str, Any], stream: TextIO | None = None) -> None:

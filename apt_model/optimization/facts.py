@@ -17,6 +17,7 @@ def gather(device: Device | None = None) -> dict[str, Any]:
         device: the device to speak of; None is the one that "auto" chooses. On a GPU this starts the device.
     """
     device = device or get_device_manager()
+    measured = _measured(device)
     return {
         **_policy(device),
         "accelerator": _accelerator(device),
@@ -29,9 +30,26 @@ def gather(device: Device | None = None) -> dict[str, Any]:
         "multi_vendor_backend": _standings(),
         "cloud_npu": False,
         "left_spin": "by model configuration",
-        "expected_speed_up": None,
+        "expected_speed_up": None if measured is None else _speed_up(measured),
         "virtual_memory": True,
+        "measured": None if measured is None else {"link_gbps": measured.link_gbps, "disk_gbps": measured.disk_gbps},
     }
+
+
+def _measured(device: Device) -> Any:
+    """What this process has measured of `device`, if it has."""
+    from apt_model.optimization import calibration  # noqa: PLC0415 - the kernels, which a quick status has no use for
+
+    found = calibration.last()
+    return found if found is not None and found.device == str(device.device) else None
+
+
+def _speed_up(measured: Any) -> dict[str, Any]:
+    """Of a layer with 4-bit weights over a plain one."""
+    return {
+        "layer": list(measured.layer), "format": measured.format,
+        "by_rows": [[measured.few_rows, measured.few_speed_up], [measured.many_rows, measured.many_speed_up]],
+    }  # fmt: skip
 
 
 def _policy(device: Device) -> dict[str, Any]:

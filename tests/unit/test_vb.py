@@ -19,7 +19,7 @@ from apt_model.core.system.cpu import CpuDevice
 from apt_model.core.system.host_memory import HostMemory
 from apt_model.core.system.manager import vendors
 from apt_model.modeling.apt_model import APTModel, APTModelConfiguration
-from apt_model.optimization import banner, facts
+from apt_model.optimization import banner, calibration, facts
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
@@ -272,7 +272,7 @@ def test_the_words_for_this_machine():
     assert rows["multi-vendor backend"] == (
         "hardware-tested: cuda, cpu; backend-tested: hpu, npu; logic-tested: xpu, rocm"
     )
-    assert rows["expected speed-up"] == "not measured"
+    assert rows["expected speed-up"] == banner.NOT_MEASURED
     assert rows["virtual memory"].startswith("available (VGPUStack); else what fits is bound by the CPU's ")
 
 
@@ -280,9 +280,37 @@ def test_the_words_for_a_gpu():
     status = facts.gather(Gpu(native_bf16=False))
     rows = dict(banner.rows(status))
     assert rows["accelerator"] == f"cuda:1: Test GPU [16], 80.0 GiB memory, 71.0 GiB free, torch {torch.__version__}"
-    assert rows["virtual memory"].endswith("the GPU's 80.0 GiB")
+    assert rows["virtual memory"].endswith(f"the GPU's 80.0 GiB; link and disk: {banner.NOT_MEASURED}")
     assert banner.title(status).endswith("fp32, no autocast (this GPU multiplies bf16 only by way of fp32)")
     assert "bf16 autocast (this GPU multiplies bf16 natively)" in banner.title(facts.gather(Gpu(native_bf16=True)))
+
+
+def test_calibrating_fills_the_rows_with_what_was_measured(monkeypatch):
+    monkeypatch.setattr(calibration._Process, "found", None)
+    assert vb.status()["measured"] is None
+    text = printed(verbose=True, calibrate=True)
+    found, status = calibration.last(), vb.status()
+    assert json.loads(json.dumps(status)) == status
+    assert status["expected_speed_up"] == {
+        "layer": list(found.layer),
+        "format": "nvfp4",
+        "by_rows": [[found.few_rows, found.few_speed_up], [found.many_rows, found.many_speed_up]],
+    }
+    assert status["measured"] == {"link_gbps": found.link_gbps, "disk_gbps": found.disk_gbps}
+    assert f"{found.few_speed_up:.2g} times at 1 row, {found.many_speed_up:.2g} times at" in text
+    assert f"disk {found.disk_gbps:.1f} GB/s" in text
+    # Of another device nothing is said.
+    assert facts.gather(Gpu(native_bf16=True))["measured"] is None
+
+
+def test_what_could_not_be_measured_is_said_so():
+    status = {**facts.gather(CpuDevice()), "measured": {"link_gbps": None, "disk_gbps": 1.25}}
+    status["expected_speed_up"] = {"layer": [8, 4], "format": "nvfp4", "by_rows": [[1, None], [16, 1.5]]}
+    rows = dict(banner.rows(status))
+    assert rows["expected speed-up"] == (
+        "a nvfp4 layer of 8 x 4 over a plain one, measured: not measured at 1 row, 1.5 times at 16 rows"
+    )
+    assert rows["virtual memory"].endswith("; link none, disk 1.2 GB/s")
 
 
 def test_a_cpu_whose_free_memory_cannot_be_read(tmp_path):
