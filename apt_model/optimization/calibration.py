@@ -85,7 +85,7 @@ def _measured(device: Device, folder: Path | None) -> Calibration:
     watch, why = Stopwatch(device, _FIGURE_S), dict[str, str]()
     turns, many = (_TURNS_GPU, _MANY_GPU) if real else (_TURNS_CPU, _MANY_CPU)
     layers = _LAYERS_GPU if real else _LAYERS_CPU
-    shape = products.fitting(layers, many, turns, device.free_memory() // 2)[0]
+    shape = products.fitting(layers, many, turns, products.free_bytes(device) // 2)[0]
     with torch.inference_mode():
         rows = list(products.layer_rows(Course(watch), shape, (1, many), turns, (_FORMAT,)))
         link_gbps = _link(watch, why)
@@ -114,7 +114,7 @@ def _link(watch: Stopwatch, why: dict[str, str]) -> float | None:
         why["link_gbps"] = link.NO_LINK
         return None
     try:
-        return link.pinned_gbps(watch, link.TO, min(_COPIED, watch.device.free_memory() // 4))
+        return link.pinned_gbps(watch, link.TO, min(_COPIED, products.free_bytes(watch.device) // 4))
     except RuntimeError as error:
         why["link_gbps"] = reason(error)
         return None

@@ -259,6 +259,11 @@ def test_a_device_that_pins_nothing_says_so_and_pageable_memory_is_measured():
     assert (rows[2].rate, rows[2].share, rows[3].share) == (1.0, 1.0, None)
 
 
+def test_without_pinned_memory_a_link_has_no_ceiling():
+    limits = link.ceilings(FixedWatch(device=Ticking()), 1000)
+    assert [(each.rate, "pins no memory" in each.why) for each in limits.values()] == [(None, True)] * 2
+
+
 def test_a_copy_that_loses_a_byte_has_no_speed(monkeypatch):
     copy = torch.Tensor.copy_
 
@@ -428,6 +433,11 @@ def test_a_ceiling_that_cannot_be_measured_costs_the_shares_alone(monkeypatch):
     assert found.ceilings[MEMORY].why == "RuntimeError: out of memory"
     assert all((row.status, row.share) == ("measured", None) for row in found.rows if row.part == "linear")
     bench_text.tell(found)
+
+
+def test_a_device_that_does_not_say_what_is_free_gets_small_layers(monkeypatch):
+    monkeypatch.setattr(CpuDevice, "supports", lambda _, fn: fn != "free_memory")
+    assert 0 < bench_run.sizes_of(CPU).room < 2**30
 
 
 def test_the_report_says_what_it_is_true_for(report):

@@ -42,7 +42,9 @@ def ceilings(watch: Stopwatch, size: int) -> dict[str, Ceiling]:
 
 def pinned_gbps(watch: Stopwatch, name: str, size: int) -> float:
     """Of one copy of memory that torch has pinned; `RuntimeError` where it cannot."""
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    if not watch.device.supports("pin"):
+        raise RuntimeError(f"torch pins no memory for {watch.device.kind}")
+    host = watch.device.pin(torch.empty(size, dtype=torch.uint8))
     return size / _copy_s(watch, name, host) / 1e9
 
 

@@ -33,6 +33,8 @@ FORMATS = ("nvfp4", "mxfp4")
 _PIECE = 1024
 _STD = 0.02
 _MOST_COPIES = 64
+# Bytes that are taken to be free where a device does not say.
+_UNKNOWN = 1 << 30
 # Bytes an element of a weight takes in all its forms at once, the fp32 of the comparison included; of x and of y.
 _BYTES_OF_WEIGHT, _BYTES_OF_ROWS = 16, 12
 
@@ -58,6 +60,11 @@ def fitting(
     left = room - 4 * turns
     found = [each for each in shapes if _BYTES_OF_WEIGHT * math.prod(each) + _BYTES_OF_ROWS * rows * sum(each) <= left]
     return tuple(found) or (shapes[-1],)
+
+
+def free_bytes(device: Device) -> int:
+    """Of its memory, as far as it says; else as much as any has."""
+    return device.free_memory() if device.supports("free_memory") else _UNKNOWN
 
 
 def native(device: Device) -> torch.dtype:

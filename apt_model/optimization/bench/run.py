@@ -80,7 +80,7 @@ _SHAPES_CPU = ((2048, 1024), (1024, 1024), (512, 512), (256, 256))
 
 def sizes_of(device: Device, *, small: bool = False) -> Sizes:
     """What is measured on a device, within half of its free memory (on a CPU a quarter, and 2 GB)."""
-    real, free = device.kind != "cpu", device.free_memory()
+    real, free = device.kind != "cpu", products.free_bytes(device)
     room = free // 2 if real else min(free // 4, 2 * 10**9)
     if small:
         return Sizes(
