@@ -36,7 +36,10 @@ class Options(GlobalOptions):
     batch_size: int | None = None
     """Sequences scored at once; None takes the run's."""
     device: str = "auto"
-    """Where to score: auto, cpu, cuda, cuda:N. (The twin is trained where the run's own --device says.)"""
+    """Where to score: auto, cpu, cuda, hpu, npu, xpu, or one with a number, such as cuda:1.
+
+    The twin is trained where the run's own --device says.
+    """
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for the first value that cannot be met."""

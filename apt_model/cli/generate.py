@@ -29,7 +29,7 @@ class Options(GlobalOptions):
     prompt: str
     """The text to continue, or the source; '-' reads it from the standard input, less one line break at its end."""
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:N."""
+    """Where to compute: auto, cpu, cuda, hpu, npu, xpu, or one with a number, such as cuda:1."""
     generation: Annotated[GenerationConfig, FLAT] = field(default_factory=GenerationConfig)
 
 

@@ -21,7 +21,7 @@ class QuantizeConfig:
     """What stays as it is: names or patterns of layers or of parts of their names, as in lm_head, layers.0.mlp,
     layers.*.down_proj."""
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:N."""
+    """Where to compute: auto, cpu, cuda, hpu, npu, xpu, or one with a number, such as cuda:1."""
     dry_run: bool = False
     """Say what would become of every tensor, in bytes, and write nothing."""
 

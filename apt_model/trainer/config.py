@@ -109,7 +109,7 @@ class TrainConfig:
     seed: int = 0
     """Everything random in a run follows from it."""
     device: str = "auto"
-    """Where to train: auto, cpu, cuda, cuda:N."""
+    """Where to train: auto, cpu, cuda, hpu, npu, xpu, or one with a number, such as cuda:1."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 autocast over fp32 weights, or fp32; auto takes bf16 where the device computes in it."""
     compile: bool = False

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import apt_model.optimization.vb_global as vb
 from apt_model import APTModel
-from apt_model.core.system import get_device, get_device_manager
+from apt_model.core.system import accelerator, get_device, get_device_manager
 from apt_model.optimization import FP4Config, FusedFP4Linear, VGPUStack, dequantize, quantize
 from apt_model.trainer.trainer import Trainer
 
@@ -297,6 +297,22 @@ def test_a_model_larger_than_its_device(manager, share, disk, tmp_path):
         assert mine.device.type == "cpu"
         assert torch.equal(mine, theirs.cpu())
     same(dense(x), model(x.cpu()))
+
+
+@pytest.mark.skipif(KIND == "cuda", reason="a GPU has streams")
+def test_a_device_without_streams_is_served_in_the_order_of_the_calls(manager, monkeypatch):
+    monkeypatch.setattr(accelerator, "_has_streams", lambda _: False)
+    assert not manager.supports("stream")
+    model = tower()
+    dense = copy.deepcopy(model).to(manager.device)
+    x = torch.randn(4, 64, device=manager.device)
+    with VGPUStack(levels(model, 0.45)) as stack, torch.no_grad():
+        stack.attach(model)
+        for _ in range(2):
+            assert torch.equal(model(x), dense(x))
+        stack.put("x", x)
+        assert torch.equal(stack.get("x"), x)
+        stack.detach(model)
 
 
 def test_gradients_of_a_model_larger_than_its_device(manager):

@@ -2,14 +2,12 @@
 
 from typing import Any, final
 
-from typing_extensions import Self
-
 
 @final
 class Nothing:
     """A stream or an event on a device that has none."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Nothing":
         return self
 
     def __exit__(self, *exc: object) -> None:
