@@ -137,14 +137,14 @@ def test_a_model_that_is_one_linear_layer_is_returned_as_another():
 def test_each_layer_is_dropped_before_the_next_is_quantised(monkeypatch):
     what = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     weights, alive = [weakref.ref(each.weight) for each in what], []
-    quantized = convert._quantized
+    quantized = convert.packed_of
 
     def watched(module, form):
         gc.collect()
         alive.append(sum(each() is not None for each in weights))
         return quantized(module, form)
 
-    monkeypatch.setattr(convert, "_quantized", watched)
+    monkeypatch.setattr(convert, "packed_of", watched)
     quantize(what)
     assert alive == [4, 3, 2, 1]
     packed = [weakref.ref(each.weight_packed) for each in what]
