@@ -117,7 +117,7 @@ class Graphs:
         """None for what cannot be recorded: what is no tensor or plain value, tensors elsewhere, gradients."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         kind, grad = self.device.kind, torch.is_grad_enabled()
-        if grad and any(each.requires_grad for each in self._ends):
+        if grad and any(each.requires_grad for each in self.model.parameters()):
             return None
         tokens: list[torch.Size] = []
         about: list[Any] = []

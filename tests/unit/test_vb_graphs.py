@@ -181,6 +181,9 @@ def test_training_and_gradients_are_run_as_they_are():
         for _ in range(2):
             found(ids, mask)
     assert len(found) == 1
+    model.requires_grad_(False)
+    model.out.weight.requires_grad_()  # neither the first parameter nor the last
+    assert found(ids, mask)["logits"].requires_grad
 
 
 def test_other_tensors_than_tokens_are_recorded_at_their_exact_shape():
