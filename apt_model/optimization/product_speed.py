@@ -1,16 +1,14 @@
 """How much faster a linear layer of some size is in 4 bits, measured on the device where it is asked for."""
 
+import functools
 import math
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from apt_model.core.system.cuda import CudaDevice
 from apt_model.core.system.device import Device
+from apt_model.core.system.timing import Stopwatch
 from apt_model.layers.fp4_linear import FusedFP4Linear
 
 ROWS = (1, 16, 128)
@@ -20,7 +18,8 @@ FASTER, NOT_SLOWER = 1.05, 0.97
 # Weights are taken in turns until this is moved, so that no cache holds them.
 _BYTES = 128 << 20
 _MOST_COPIES = 32
-_TIMES = 3
+# Of the clock, for each figure, where the device has none of its own.
+_SECONDS = 0.02
 
 
 _measured: dict[tuple[str, torch.dtype, tuple[int, ...], str], tuple[float, ...]] = {}
@@ -39,34 +38,20 @@ def speed_up(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: s
 
 @torch.no_grad()
 def _measure(device: Device, dtype: torch.dtype, shape: tuple[int, ...], form: str) -> tuple[float, ...]:
-    on_gpu = isinstance(device, CudaDevice)
-    copies = max(1, min(_MOST_COPIES, _BYTES // (math.prod(shape) * dtype.itemsize))) if on_gpu else 1
+    copies = 1
+    if device.kind != "cpu":
+        copies = max(1, min(_MOST_COPIES, _BYTES // (math.prod(shape) * dtype.itemsize)))
     source = torch.Generator(device.device).manual_seed(0)  # not the one that the caller draws from
     weights = [torch.randn(shape, generator=source, device=device.device, dtype=dtype) for _ in range(copies)]
     layers = [FusedFP4Linear.from_weight(weight, None, format=form) for weight in weights]
-    ratios = []
+    watch, ratios = Stopwatch(device, _SECONDS), []
     for rows in ROWS:
         x = torch.randn(rows, shape[1], generator=source, device=device.device, dtype=dtype)
-        plain = _seconds(device, lambda x=x: [F.linear(x, weight) for weight in weights])  # type: ignore[misc]
-        packed = _seconds(device, lambda x=x: [layer(x) for layer in layers])  # type: ignore[misc]
-        ratios.append(plain / packed)
+        plain = watch.gpu([functools.partial(F.linear, x, weight) for weight in weights])
+        ratios.append(plain / watch.gpu([functools.partial(layer, x) for layer in layers]))
     return tuple(ratios)
 
 
 def worth(ratios: tuple[float, ...]) -> bool:
     """Whether a layer with these speed-ups is better off in 4 bits."""
     return statistics.geometric_mean(ratios) >= FASTER and min(ratios) >= NOT_SLOWER
-
-
-def _seconds(device: Device, work: Callable[[], list[Tensor]]) -> float:
-    work()
-    if isinstance(device, CudaDevice):
-        return device.seconds(work)
-    times = []
-    for _ in range(_TIMES):
-        device.synchronize()
-        begin = time.perf_counter()
-        work()
-        device.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)

@@ -337,10 +337,10 @@ def test_memory_of_this_process_is_read_and_not_guessed():
     assert device.memory_allocated() <= device.peak_memory() <= device.total_memory()
     assert 0 < device.free_memory() <= device.total_memory() <= psutil.virtual_memory().total
     before = device.memory_allocated()
-    held = torch.ones(64 * MIB // 4)
+    held = torch.ones(256 * MIB // 4)  # more than a heap keeps of what was freed before
     assert device.memory_allocated() - before == pytest.approx(held.nbytes, rel=0.1)
     del held
-    assert device.peak_memory() >= before + 60 * MIB
+    assert device.peak_memory() >= before + 240 * MIB
 
 
 @pytest.mark.skipif(not CpuDevice().supports("reset_peak_memory"), reason="this kernel does not reset a peak")

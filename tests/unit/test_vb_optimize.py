@@ -383,8 +383,8 @@ def test_measured_layers_are_taken_where_they_win(monkeypatch):
 def test_the_speed_of_a_layer_is_measured_once(monkeypatch):
     monkeypatch.setattr(product_speed, "_measured", {})
     runs = []
-    seconds = product_speed._seconds
-    monkeypatch.setattr(product_speed, "_seconds", lambda *work: runs.append(1) or seconds(*work))
+    seconds = product_speed.Stopwatch.gpu
+    monkeypatch.setattr(product_speed.Stopwatch, "gpu", lambda *works: runs.append(1) or seconds(*works))
     first = product_speed.speed_up(CpuDevice(), torch.float32, (48, 32), "nvfp4")
     assert product_speed.speed_up(CpuDevice(), torch.float32, (48, 32), "nvfp4") == first
     assert len(runs) == 2 * len(product_speed.ROWS)

@@ -236,7 +236,7 @@ class CudaDevice(Device):
             pool: of a graph recorded before, whose memory this one may use too where the two never run side by side.
         """
         with torch.cuda.device(self.index):
-            aside = torch.cuda.Stream()
+            aside = _aside(torch.cuda.current_device())
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(2):
