@@ -15,8 +15,9 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 def test_every_kernel_compiles(target, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    some = [] if target == "cuda:90" else ["--some"]  # all of the GPUs that the kernels were tuned on
     done = subprocess.run(
-        [sys.executable, SCRIPT, target], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, target, *some], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("step_kernel", "quantize_kernel", "unpack_kernel"))
