@@ -1,6 +1,6 @@
 """Compile every kernel for one target, with no GPU: `python tests/numerics/compile_kernels.py cuda:90 [--some]`.
 
-With --some every third variant of each kernel. Prints a line a variant: name, constants, registers, bytes of spills and of shared memory, as far as the target says.
+With --some every third variant of each kernel. Prints a line a variant: name, constants, options, shared memory.
 """
 
 import concurrent.futures
