@@ -1,0 +1,149 @@
+"""A request's message becomes an answer's: tensors checked, moved, computed, moved back."""
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apt_model.cloud import int8g64
+from apt_model.cloud.server.blocks import Port
+from apt_model.cloud.server.models import BACKWARD, Model
+from apt_model.cloud.server.refusal import Refusal
+from apt_model.cloud.server.tensors import DTYPES, FLOATS, NAMES, as_tensor, as_wire
+from apt_model.cloud.wire import Buffer, Message, WireTensor, encode_response
+from apt_model.core.errors import InputError
+
+WIRES = ("exact", "int8g64")
+_JSON_ELEMENTS = 1 << 18  # of an answer in JSON, whose numbers take many times their bytes
+SMALL = 1 << 20
+"""Products of weights and rows up to which another thread costs more than it saves."""
+
+
+def answer(
+    model: Model, message: Message, *, backward: bool, max_answer: int, deadline: float | None
+) -> tuple[list[Buffer], int]:
+    """The parts of the answer's body, and the length of its JSON.
+
+    Raises:
+        Refusal: the deadline (in `time.monotonic`'s seconds) has passed, or the answer would be too large.
+        InputError, WireError: these are not the model's inputs.
+    """
+    wire = message.parameters.get("wire", "exact")
+    if wire not in WIRES:
+        raise InputError(f"parameter wire: expected {' or '.join(WIRES)}, got {wire!r}"[:300])
+    block = model.block
+    tensors = _unpacked(message.tensors, {port.name: port for port in (*block.inputs, _gradient(block.y))}, wire)
+    dy = tensors.pop("dy", None)
+    block.refuse(tensors)
+    _check_size(block.answer_elements(tuple(tensors["x"].shape)), tensors["x"], message, max_answer)
+    if backward:
+        _check_gradient(dy, tensors["x"], block.y)
+    elif dy is not None:
+        raise InputError("expected no dy, which goes to the model's gradient")
+    with model.lock or contextlib.nullcontext():
+        if deadline is not None and time.monotonic() > deadline:
+            raise Refusal(408, "deadline")
+        there = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+        if dy is not None:
+            found = ("dx", block.backward(there, dy.to(model.device)).cpu())
+        else:
+            found = ("y", block.forward(there).cpu())
+    answered = Message(
+        tensors=_packed(*found, wire), id=message.id, binary=message.binary, version=model.version,
+        model=model.name + (BACKWARD if backward else ""), parameters={} if wire == "exact" else {"wire": wire},
+    )  # fmt: skip
+    return encode_response(answered)
+
+
+def is_small(model: Model, message: Message) -> bool:
+    """Whether it is done sooner than another thread would have begun."""
+    first = message.tensors[0].shape if message.tensors else ()
+    return model.lock is None and model.device.type == "cpu" and math.prod(first[:-1]) * model.weights <= SMALL
+
+
+def describe(model: Model, versions: list[str], *, backward: bool) -> dict[str, Any]:
+    """A model's metadata, as the protocol has it; parameters are ours."""
+    block, own = model.block, NAMES[model.block.dtype]
+    ins, outs = [*block.inputs], [block.y]
+    if backward:
+        ins, outs = [*ins, _gradient(block.y)], [block.x._replace(name="dx")]
+
+    def shown(ports: list[Port]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": port.name, "shape": list(port.shape), "optional": port.optional,
+                "datatype": own if own in port.datatypes else port.datatypes[0],
+            }
+            for port in ports
+        ]  # fmt: skip
+
+    return {
+        "name": model.name + (BACKWARD if backward else ""), "versions": versions, "platform": "apt_model",
+        "inputs": shown(ins), "outputs": shown(outs),
+        "parameters": {"kind": model.kind, "wire": list(WIRES), "version": model.version, "datatypes": list(FLOATS)},
+    }  # fmt: skip
+
+
+def _unpacked(tensors: tuple[WireTensor, ...], ports: Mapping[str, Port], wire: str) -> dict[str, Tensor]:
+    """The tensors by name; with int8g64 each pair `n_q` and `n_scale` is `n`."""
+    for each in tensors:
+        if each.datatype not in DTYPES:
+            raise InputError(f"{each.name}: expected a type of {', '.join(DTYPES)}, got {each.datatype}"[:300])
+    found = {each.name: as_tensor(each) for each in tensors}
+    if wire == "exact":
+        return found
+    for name, port in ports.items():
+        q, scale = found.pop(f"{name}_q", None), found.pop(f"{name}_scale", None)
+        if q is None and scale is None:
+            continue
+        width = port.shape[-1]
+        groups = -(-width // int8g64.GROUP)
+        if q is None or scale is None or port.datatypes != FLOATS:
+            raise InputError(f"expected both {name}_q and {name}_scale"[:300])
+        if name in found:
+            raise InputError(f"expected {name} once, got it quantised and exact"[:300])
+        whole = NAMES[q.dtype] == "INT8" and NAMES[scale.dtype] == "FP16" and q.ndim == scale.ndim > 0
+        sizes = (width, groups * int8g64.GROUP)  # padded, or as wide as the numbers are
+        if not whole or q.shape[:-1] != scale.shape[:-1] or q.shape[-1] not in sizes or scale.shape[-1] != groups:
+            raise InputError(
+                f"expected {name}_q INT8 [..., {groups * int8g64.GROUP}] and {name}_scale FP16 [..., {groups}], got "
+                f"{NAMES[q.dtype]} {list(q.shape)} and {NAMES[scale.dtype]} {list(scale.shape)}"
+            )
+        found[name] = int8g64.unpack(q[..., :width].contiguous(), scale, width, torch.float32)
+    return found
+
+
+def _packed(name: str, tensor: Tensor, wire: str) -> tuple[WireTensor, ...]:
+    if wire == "exact":
+        return (as_wire(name, tensor),)
+    q, scale = int8g64.pack(tensor)
+    q = F.pad(q, (0, -q.shape[-1] % int8g64.GROUP))
+    return as_wire(f"{name}_q", q), as_wire(f"{name}_scale", scale)
+
+
+def _gradient(y: Port) -> Port:
+    return y._replace(name="dy")
+
+
+def _check_gradient(dy: Tensor | None, x: Tensor, y: Port) -> None:
+    if dy is None:
+        raise InputError("expected inputs x and dy, the gradient of y; dy did not come")
+    _gradient(y).refuse(dy)
+    if dy.shape[:-1] != x.shape[:-1]:
+        raise InputError(f"dy: expected {[*x.shape[:-1], dy.shape[-1]]}, as x is {list(x.shape)}, got {list(dy.shape)}")
+
+
+def _check_size(elements: int, x: Tensor, message: Message, most: int) -> None:
+    """An answer may be far wider than what was sent."""
+    elements = max(elements, x.numel())
+    if elements * x.itemsize > most:
+        raise Refusal(413, f"expected an answer of at most {most} bytes, it would be {elements * x.itemsize}: cut x")
+    if not message.binary and elements > _JSON_ELEMENTS:
+        raise Refusal(
+            413, f"expected at most {_JSON_ELEMENTS} elements in JSON, got {elements}: ask for binary_data_output"
+        )

@@ -1,0 +1,170 @@
+"""The application on a socket, by uvicorn: bounds on connections and headers, and an end that loses nothing."""
+
+import asyncio
+import contextlib
+import importlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from apt_model.cloud.server.app import Application
+from apt_model.core.errors import MissingExtraError
+
+MAX_CONNECTIONS = 1024
+HEADER_BYTES = 32 << 10
+HEADER_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 75
+SEND_SECONDS = 30.0
+"""How long an answer may wait for a client that does not read it."""
+DRAIN_SECONDS = 0.5
+"""Between the signal and the end of idle connections, in which their next request is still answered, with 503."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def serve(
+    app: Application, host: str, port: int, *, on_start: Callable[[int], None] | None = None,
+    on_tick: Callable[[], None] | None = None,
+) -> None:  # fmt: skip
+    """Serve until SIGTERM or SIGINT, then answer what is in flight and return.
+
+    Args:
+        app: what answers.
+        host: an address or a name; "::" is every address, of IPv4 too.
+        port: 0 takes a free one.
+        on_start: called with the port once it is open.
+        on_tick: called twice a second; an exception from it ends the server and is raised.
+
+    Raises:
+        MissingExtraError: uvicorn is not installed.
+    """
+    server = make_server(app, host, port, on_start, on_tick)
+    server.run()
+    if server.error is not None:
+        raise server.error
+
+
+def make_server(
+    app: Application, host: str, port: int, on_start: Callable[[int], None] | None = None,
+    on_tick: Callable[[], None] | None = None,
+) -> Any:  # fmt: skip
+    """A `uvicorn.Server`, with `error`: what ended it."""
+    uvicorn = _uvicorn("uvicorn")
+
+    base: Any = uvicorn.Server  # imported here, as it is optional
+
+    class Server(base):  # type: ignore[misc]
+        error: BaseException | None = None
+        _ticks = 0
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """As uvicorn's, but the process ends well after a signal that it obeyed."""
+            loop = asyncio.get_running_loop()
+            with contextlib.suppress(ValueError, RuntimeError):  # not the main thread: its owner calls `drain`
+                for each in _SIGNALS:
+                    loop.add_signal_handler(each, self.drain)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(ValueError, RuntimeError):
+                    for each in _SIGNALS:
+                        loop.remove_signal_handler(each)
+
+        def drain(self) -> None:
+            """Take no more connections and no more work; end once what is in flight is answered."""
+            if app.draining:
+                self.force_exit = True  # asked twice
+                self.should_exit = True
+                return
+            app.draining = True
+            for each in self.servers:
+                each.close()
+            asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._leave)
+
+        def _leave(self) -> None:
+            self.should_exit = True
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started and on_start is not None:
+                on_start(self.servers[0].sockets[0].getsockname()[1])
+
+        async def on_tick(self, counter: int) -> bool:
+            self._ticks += 1
+            if self._ticks % 5 == 0:  # uvicorn ticks ten times a second
+                _sweep(self.server_state.connections)
+                try:
+                    if on_tick is not None:
+                        on_tick()
+                except BaseException as error:  # noqa: BLE001 - raised again where the server was started
+                    self.error = error
+                    self.should_exit = True
+            return bool(await super().on_tick(counter))
+
+    config = uvicorn.Config(
+        app, host=host, port=port, http=_protocol(), ws="none", lifespan="on", log_config=None, access_log=False,
+        server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, backlog=2048,
+    )  # fmt: skip
+    return Server(config)
+
+
+def _protocol() -> type[asyncio.Protocol]:
+    """HTTP by uvicorn over httptools, which itself bounds neither a request's head nor the number of connections."""
+    base: Any = _uvicorn("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
+
+    class Bounded(base):  # type: ignore[misc]
+        heard = 0.0
+        """When a request's head began, or 0 between requests and within a body."""
+        head = 0
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self.heard = time.monotonic()
+            if len(self.connections) > MAX_CONNECTIONS:
+                self.close_with(b"429 Too Many Requests", b"retry-after: 1\r\n")
+
+        def data_received(self, data: bytes) -> None:
+            if self.heard:
+                self.head += len(data)
+            super().data_received(data)
+            if self.heard and self.head > HEADER_BYTES and not self.transport.is_closing():
+                self.close_with(b"431 Request Header Fields Too Large")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.heard = self.heard or time.monotonic()
+
+        def on_headers_complete(self) -> None:
+            self.heard, self.head = 0.0, 0
+            super().on_headers_complete()
+
+        def close_with(self, status: bytes, header: bytes = b"") -> None:
+            self.transport.write(
+                b"HTTP/1.1 " + status + b"\r\n" + header + b"connection: close\r\ncontent-length: 0\r\n\r\n"
+            )
+            self.transport.close()
+
+    return Bounded
+
+
+def _sweep(connections: Any) -> None:
+    """End connections whose request's head does not come, and those that do not read their answer."""
+    now = time.monotonic()
+    for each in list(connections):
+        if each.heard and now - each.heard > HEADER_SECONDS:
+            each.close_with(b"408 Request Timeout")
+        if each.flow.write_paused:
+            since = each.__dict__.setdefault("stuck", now)
+            if now - since > SEND_SECONDS:
+                each.transport.abort()
+        else:
+            each.__dict__.pop("stuck", None)
+
+
+def _uvicorn(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = "httptools" if (error.name or "").startswith("httptools") else "uvicorn"
+        raise MissingExtraError("apt-model serve", package, "serve") from error
