@@ -37,6 +37,11 @@ PREFIX = "APT_"
 VARIABLES = (DEVICE, DEBUG, FP4_CACHE, PLAN_CACHE)
 
 
+def named(name: str) -> str | None:
+    """The variable that an option names, or None where it is unset or empty."""
+    return os.environ.get(name) or None
+
+
 def environment() -> dict[str, str]:
     """All variables of the process, ours and others', for what describes it or starts another one."""
     return dict(os.environ)

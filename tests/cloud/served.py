@@ -105,7 +105,11 @@ def running(*args, env=None, log=None):
     """`apt-model serve` in a process of its own: the process and its port, once it is ready."""
     command = [sys.executable, "-m", "apt_model", "serve", "--port", "0", "--device", "cpu", *map(str, args)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log or subprocess.DEVNULL, text=True, cwd=ROOT,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=log or subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
         env={**os.environ, **(env or {})},
     )
     try:

@@ -107,6 +107,8 @@ class Kind(NamedTuple):
     """From its options and all its tensors. Raises `InputError` or `ConfigError` where they are not its own."""
     options: tuple[str, ...] = ()
     """Names that its JSON may have, beside `quantize`."""
+    keeps: Callable[[Mapping[str, Any], str], bool] = lambda _options, _name: True
+    """Which tensors are its own, of a file of many that is served by its prefix."""
 
 
 KINDS: dict[str, Kind] = {}

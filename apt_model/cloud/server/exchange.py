@@ -30,7 +30,7 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.raw_headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
-        self.headers = {name: value.decode("latin-1") for name, value in self.raw_headers}
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.raw_headers}
         client = scope.get("client")
         self.client: str | None = client[0] if client else None
         self.status = 0

@@ -1,5 +1,6 @@
 """The models that are held: made from a file of weights, tried, and found by name and version."""
 
+import contextlib
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from apt_model.cloud.identity import described, digest_of
-from apt_model.cloud.server.blocks import QUANTIZE, Block, make_block
+from apt_model.cloud.server.blocks import KINDS, QUANTIZE, Block, make_block
 from apt_model.cloud.server.refusal import Refusal
 from apt_model.core.errors import CheckpointError, ConfigError, InputError
 from apt_model.core.tensor_files import Entry, Header, read_bytes, read_header
@@ -64,7 +65,7 @@ class Model:
     device: torch.device
     weights: int
     """Elements of all its tensors."""
-    lock: threading.Lock | None = None
+    lock: contextlib.AbstractContextManager[object] | None = None
     """Held by the forward that runs, where only one may."""
     close: Callable[[], object] = field(default=lambda: None, repr=False)
 
@@ -157,6 +158,9 @@ def read_about(
     header = read_header(path)
     about = described(given["kind"], given["config"]) if given is not None else _of_metadata(header)
     entries = {name[len(prefix) :]: entry for name, entry in header.entries.items() if name.startswith(prefix)}
+    if prefix and about["kind"] in KINDS:
+        keeps = KINDS[about["kind"]].keeps
+        entries = {name: entry for name, entry in entries.items() if keeps(about["config"], name)}
     if not entries or len(entries) > _MOST_TENSORS:
         raise InputError(f"expected 1 to {_MOST_TENSORS} tensors, got {len(entries)}")
     strange = next((entry.dtype for entry in entries.values() if entry.dtype not in DTYPES), None)

@@ -76,9 +76,7 @@ class Store:
             CheckpointError, InputError: it is no such file, or other weights.
         """
         upload.close()
-        check_header(upload.path)
-        about, entries = read_about(upload.path)
-        found = digest_of(about, pieces(upload.path, entries))
+        found = version_of(upload.path)
         if found != version:
             raise InputError(f"expected weights of version {version}, got those of {found}")
         path = self.path(name, version)
@@ -112,7 +110,14 @@ class Upload:
             self._file.close()
 
 
-def check_header(path: Path) -> None:
+def version_of(path: Path) -> str:
+    """The version of what a file holds. Raises `CheckpointError`, `InputError` where it holds no block."""
+    _check_header(path)
+    about, entries = read_about(path)
+    return digest_of(about, pieces(path, entries))
+
+
+def _check_header(path: Path) -> None:
     """Raise `CheckpointError` where a file's header is larger than any block's is."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
