@@ -118,12 +118,14 @@ def decode_request(body: Buffer, json_length: int | None, limits: Limits) -> Mes
     """
     head, rest = _split(body, json_length, limits)
     parameters = _object(head.get("parameters", {}), "parameters")
-    wanted = tuple(
-        _name(_object(each, "an output"), limits) for each in _array(head.get("outputs", []), "outputs", limits)
-    )
+    outputs = [_object(each, "an output") for each in _array(head.get("outputs", []), "outputs", limits)]
+    wanted = tuple(_name(each, limits) for each in outputs)
     binary = parameters.get("binary_data_output", False)
+    # An output's own wish comes first; an answer is all bytes or all JSON.
+    wishes = [_object(each.get("parameters", {}), "parameters").get("binary_data", binary) for each in outputs]
     return Message(
-        tensors=_tensors(head, "inputs", rest, limits), id=_text(head, "id"), wanted=wanted, binary=binary is True,
+        tensors=_tensors(head, "inputs", rest, limits), id=_text(head, "id"), wanted=wanted,
+        binary=all(wish is True for wish in wishes or [binary]),
         parameters={name: value for name, value in parameters.items() if name != "binary_data_output"},
     )  # fmt: skip
 

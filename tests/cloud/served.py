@@ -44,7 +44,7 @@ def application(tmp_path, *files, store=False, **options):
     return Application(config, models, Store(tmp_path / "store", config.max_store) if store else None)
 
 
-async def ask(app, method, path, body=b"", headers=(), client=OPEN, pieces=None, pause=0.0, keep_length=True):
+async def ask(app, method, path, body=b"", headers=(), *, client=OPEN, pieces=None, pause=0.0, keep_length=True):
     """One request in process: status, headers and body of its answer."""
     pieces = [body] if pieces is None else list(pieces)
     length = [(b"content-length", str(sum(map(len, pieces))).encode())] if keep_length else []
@@ -128,7 +128,7 @@ def running(*args, env=None, log=None):
         process.stdout.close()
 
 
-def over_http(port, method, path, body=b"", headers=(), connection=None):
+def over_http(port, method, path, body=b"", headers=(), *, connection=None):
     """One request over a socket: status, headers and body."""
     own = connection is None
     connection = connection or http.client.HTTPConnection(OPEN, port, timeout=30)

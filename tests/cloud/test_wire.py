@@ -70,6 +70,22 @@ def test_an_answer_in_json_comes_back():
         wire.encode_response(Message(tensors=(WireTensor("y", "BF16", (1,), b"ab"),), model="m", binary=False))
 
 
+def test_how_an_answer_is_wanted():
+    for outputs, parameters, binary in (
+        ([], {}, False),
+        ([], {"binary_data_output": True}, True),
+        ([{"name": "y"}], {"binary_data_output": True}, True),
+        ([{"name": "y", "parameters": {"binary_data": True}}], {}, True),
+        ([{"name": "y", "parameters": {"binary_data": False}}], {"binary_data_output": True}, False),
+        ([{"name": "y", "parameters": {"binary_data": 1}}], {}, False),
+    ):
+        text = json.dumps({"inputs": [], "outputs": outputs, "parameters": parameters}).encode()
+        assert wire.decode_request(text, len(text), LIMITS).binary is binary, outputs
+    text = json.dumps({"inputs": [], "outputs": [{"name": "y", "parameters": []}]}).encode()
+    with pytest.raises(WireError, match="parameters to be a JSON object"):
+        wire.decode_request(text, len(text), LIMITS)
+
+
 def test_bytes_are_not_copied():
     data = bytearray(64)
     parts, length = wire.encode_request(Message(tensors=(WireTensor("x", "UINT8", (64,), data),)))

@@ -62,7 +62,7 @@ class Application:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
         elif scope["type"] == "http":
-            await self._serve(Exchange(scope, receive, send))
+            await self._serve(Exchange(scope, receive, send, lambda: self.draining))
 
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:
@@ -94,7 +94,9 @@ class Application:
                 await exchange.refuse(refusal)
             except AptError as error:
                 await exchange.refuse(refusal_of(error))
-            except (MemoryError, RuntimeError) as error:  # torch's own for want of memory is a RuntimeError
+            except Gone:
+                raise
+            except Exception as error:  # whatever a foreign layer raises
                 LOG.exception("%s while computing", type(error).__name__)
                 await exchange.refuse(_of_torch(error))
         except Gone:

@@ -24,9 +24,14 @@ class Gone(Exception):  # noqa: N818 - nobody is left to tell
 
 
 class Exchange:
-    """A request, and the means to answer it once."""
+    """A request, and the means to answer it once.
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    Args:
+        scope, receive, send: as ASGI has them.
+        is_last: asked at the answer: whether the connection ends with it.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, is_last: Callable[[], bool]) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.raw_headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
@@ -35,7 +40,7 @@ class Exchange:
         self.client: str | None = client[0] if client else None
         self.status = 0
         self.sent = 0
-        self._receive, self._send = receive, send
+        self._receive, self._send, self._is_last = receive, send, is_last
         self._whole = False  # the body has been read
 
     def number(self, header: str) -> int | None:
@@ -103,7 +108,7 @@ class Exchange:
         named = [(b"content-length", str(total).encode()), *headers]
         if total:
             named.append((b"content-type", kind))
-        if rest:
+        if rest or self._is_last():
             named.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": named})
         if total <= _JOINED:

@@ -103,8 +103,8 @@ def make_server(
             return bool(await super().on_tick(counter))
 
     config = uvicorn.Config(
-        app, host=host, port=port, http=_protocol(), ws="none", lifespan="on", log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, backlog=2048,
+        app, host=host, port=port, http=_protocol(), ws="none", lifespan="on", log_config=None, log_level="error",
+        access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, backlog=2048,
     )  # fmt: skip
     return Server(config)
 
