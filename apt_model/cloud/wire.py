@@ -160,7 +160,7 @@ def _described(tensor: WireTensor) -> dict[str, Any]:
 
 
 def _parts(head: dict[str, Any], tensors: Sequence[WireTensor]) -> tuple[list[Buffer], int]:
-    text = json.dumps(head, separators=(",", ":"), allow_nan=False).encode()
+    text = _ENCODER.encode(head).encode()
     return [text, *(each.data for each in tensors)], len(text)
 
 
@@ -174,7 +174,7 @@ def _split(body: Buffer, json_length: int | None, limits: Limits) -> tuple[dict[
     if not 0 < length <= min(most, view.nbytes):
         raise WireError(f"expected JSON of 1 to {min(most, view.nbytes)} bytes, got {length} of {view.nbytes}")
     try:
-        head = json.loads(bytes(view[:length]), parse_constant=_no_constant)
+        head = _DECODER.decode(str(view[:length], "utf-8"))
     except RecursionError:
         raise WireError("expected JSON of a few levels, got one nested beyond all bounds") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of thousands of digits
@@ -184,6 +184,11 @@ def _split(body: Buffer, json_length: int | None, limits: Limits) -> tuple[dict[
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+# Made once: a message is small, and making these takes longer than their work.
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def _tensors(head: Mapping[str, Any], key: str, rest: memoryview, limits: Limits) -> tuple[WireTensor, ...]:

@@ -118,7 +118,7 @@ def running(*args, env=None, log=None):
             seen += line
             if line.startswith("ready"):
                 break
-        match = re.search(r"http://\S+?:(\d+)\b", seen)
+        match = re.search(r"http://\S+:(\d+)\n", seen)
         assert match, f"it did not start: {seen}"
         threading.Thread(target=process.stdout.read, daemon=True).start()
         yield process, int(match[1])

@@ -18,12 +18,10 @@ COUNT, TOGETHER = 1000, 100
 
 async def send(port, number, wait):
     """The status that a request gets; 0 where the connection is closed without one, -1 where nothing comes."""
-    sent, whole, _ = hostile(number)
+    sent, _ = hostile(number)
     reader, writer = await asyncio.open_connection(OPEN, port)
     try:
         writer.write(sent)
-        if whole:
-            writer.write_eof()
         line = await asyncio.wait_for(reader.readline(), wait)
         return int(line.split()[1]) if line else 0
     except (ConnectionError, OSError):
@@ -40,7 +38,7 @@ async def flood(port, count, together, wait=30.0):
 
     async def one(number):
         async with gate:
-            found[hostile(number)[2], await send(port, number, wait)] += 1
+            found[hostile(number)[1], await send(port, number, wait)] += 1
 
     await asyncio.gather(*(one(number) for number in range(count)))
     return found

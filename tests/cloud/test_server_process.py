@@ -174,6 +174,22 @@ def test_a_start_that_is_refused(arguments, said):
     assert said in done.stderr
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_every_address_is_of_both_families(tmp_path):
+    tensors = linear_file(tmp_path / "a.safetensors")
+    arguments = ("--weights", tmp_path / "a.safetensors", "--host", "::", "--token-env", "SERVE_KEY")
+    body, headers = request({"x": noise(1, 16)})
+    with running(*arguments, env={"SERVE_KEY": CANARY}) as (_, port):
+        for host in ("127.0.0.1", "::1"):
+            connection = http.client.HTTPConnection(host, port, timeout=10)
+            code, found, answer = over_http(
+                port, "POST", "/v2/models/model/infer", body, {**headers, "X-Auth-Token": CANARY}, connection=connection
+            )
+            assert code == 200
+            assert torch.equal(answered(found, answer)["y"], F.linear(noise(1, 16), **tensors))
+            connection.close()
+
+
 def test_it_drains(tmp_path):
     """Forwards that run when SIGTERM comes are answered; the next are told to go elsewhere; then it ends, well."""
     linear_file(tmp_path / "a.safetensors", out=4096, wide=4096)

@@ -12,6 +12,9 @@ HEAVY = {"torch", "triton", "tyro", "rich", "numpy", "tokenizers", "safetensors"
 HEAVY |= {"transformers", "peft", "accelerate"}
 LEAN = [
     "apt_model",
+    "apt_model.cloud.identity",
+    "apt_model.cloud.server.config",
+    "apt_model.cloud.wire",
     "apt_model.cli.diagnosis.diagnose",
     "apt_model.cli.diagnosis.redact",
     "apt_model.cli.doctor_text",

@@ -48,7 +48,7 @@ def answer(
     with model.lock or contextlib.nullcontext():
         if deadline is not None and time.monotonic() > deadline:
             raise Refusal(408, "deadline")
-        there = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+        there = tensors if model.device.type == "cpu" else {n: t.to(model.device) for n, t in tensors.items()}
         if dy is not None:
             found = ("dx", block.backward(there, dy.to(model.device)).cpu())
         else:

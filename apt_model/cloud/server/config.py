@@ -63,7 +63,7 @@ def check_public(host: str, config: ServerConfig) -> None:
     if config.key is None and not config.open_to_all and not is_loopback(host):
         raise ConfigError(
             f"--host {host} is reached by others, and there is no key",
-            remedy="export APT_KEY=... and --token-env APT_KEY; or --insecure behind a gateway that asks for one",
+            remedy="export SERVE_KEY=... and --token-env SERVE_KEY; or --insecure behind a gateway that asks for one",
         )
 
 

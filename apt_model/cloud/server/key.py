@@ -1,5 +1,6 @@
 """Who may ask: a key that is compared in constant time and shown nowhere; without one, only this machine."""
 
+import functools
 import hmac
 import ipaddress
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ class Key:
         return found
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str | None) -> bool:
     """Whether this names the machine itself."""
     if host is None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from apt_model.cloud.server.app import Application
 from apt_model.core.errors import MissingExtraError
 
-MAX_CONNECTIONS = 1024
+MAX_CONNECTIONS = 512
 HEADER_BYTES = 32 << 10
 HEADER_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 75
@@ -19,6 +20,7 @@ SEND_SECONDS = 30.0
 """How long an answer may wait for a client that does not read it."""
 DRAIN_SECONDS = 0.5
 """Between the signal and the end of idle connections, in which their next request is still answered, with 503."""
+_BACKLOG = 2048
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -39,7 +41,7 @@ def serve(
         MissingExtraError: uvicorn is not installed.
     """
     server = make_server(app, host, port, on_start, on_tick)
-    server.run()
+    server.run(sockets=_both_families(port) if host == "::" else None)
     if server.error is not None:
         raise server.error
 
@@ -104,9 +106,16 @@ def make_server(
 
     config = uvicorn.Config(
         app, host=host, port=port, http=_protocol(), ws="none", lifespan="on", log_config=None, log_level="error",
-        access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, backlog=2048,
+        access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, backlog=_BACKLOG,
     )  # fmt: skip
     return Server(config)
+
+
+def _both_families(port: int) -> list[socket.socket] | None:
+    """A socket for IPv6 and IPv4, as asyncio's for "::" takes IPv6 alone; None where the system has none."""
+    if not socket.has_dualstack_ipv6():
+        return None
+    return [socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)]
 
 
 def _protocol() -> type[asyncio.Protocol]:
