@@ -221,8 +221,6 @@ class Application:
         """Compute it, here where that is short, else in a thread; a client that leaves does not stop it."""
         if self.metrics.inflight >= self.config.max_inflight:
             raise busy(f"{self.config.max_inflight} forwards wait or run already")
-        if message.wanted and set(message.wanted) - {"dx" if backward else "y"}:
-            raise Refusal(400, f"expected output {'dx' if backward else 'y'}")
         work = functools.partial(
             answer, model, message, backward=backward, max_answer=self.config.max_body, deadline=deadline
         )

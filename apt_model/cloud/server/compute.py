@@ -36,11 +36,12 @@ def answer(
     wire = message.parameters.get("wire", "exact")
     if wire not in WIRES:
         raise InputError(f"parameter wire: expected {' or '.join(WIRES)}, got {wire!r}"[:300])
+    _check_wanted(message, "dx" if backward else "y", wire)
     block = model.block
     tensors = _unpacked(message.tensors, {port.name: port for port in (*block.inputs, _gradient(block.y))}, wire)
     dy = tensors.pop("dy", None)
     block.refuse(tensors)
-    _check_size(block.answer_elements(tuple(tensors["x"].shape)), tensors["x"], message, max_answer)
+    _check_size(block.answer_elements(tuple(tensors["x"].shape)), tensors["x"], message, max_answer, wire)
     if backward:
         _check_gradient(dy, tensors["x"], block.y)
     elif dy is not None:
@@ -53,8 +54,9 @@ def answer(
             found = ("dx", block.backward(there, dy.to(model.device)).cpu())
         else:
             found = ("y", block.forward(there).cpu())
+    padded = any(each.name == "x_q" and each.shape[-1] > block.x.shape[-1] for each in message.tensors)
     answered = Message(
-        tensors=_packed(*found, wire), id=message.id, binary=message.binary, version=model.version,
+        tensors=_packed(*found, wire, padded=padded), id=message.id, binary=message.binary, version=model.version,
         model=model.name + (BACKWARD if backward else ""), parameters={} if wire == "exact" else {"wire": wire},
     )  # fmt: skip
     return encode_response(answered)
@@ -118,11 +120,12 @@ def _unpacked(tensors: tuple[WireTensor, ...], ports: Mapping[str, Port], wire: 
     return found
 
 
-def _packed(name: str, tensor: Tensor, wire: str) -> tuple[WireTensor, ...]:
+def _packed(name: str, tensor: Tensor, wire: str, *, padded: bool) -> tuple[WireTensor, ...]:
+    """The answer's tensors; with int8g64 as wide as the numbers, or padded to groups where `x_q` came so."""
     if wire == "exact":
         return (as_wire(name, tensor),)
     q, scale = int8g64.pack(tensor)
-    q = F.pad(q, (0, -q.shape[-1] % int8g64.GROUP))
+    q = F.pad(q, (0, -q.shape[-1] % int8g64.GROUP if padded else 0))
     return as_wire(f"{name}_q", q), as_wire(f"{name}_scale", scale)
 
 
@@ -138,11 +141,19 @@ def _check_gradient(dy: Tensor | None, x: Tensor, y: Port) -> None:
         raise InputError(f"dy: expected {[*x.shape[:-1], dy.shape[-1]]}, as x is {list(x.shape)}, got {list(dy.shape)}")
 
 
-def _check_size(elements: int, x: Tensor, message: Message, most: int) -> None:
+def _check_wanted(message: Message, name: str, wire: str) -> None:
+    """All outputs come, whichever are asked for; one that there is not is an error."""
+    known = (name,) if wire == "exact" else (f"{name}_q", f"{name}_scale")
+    if not set(message.wanted) <= set(known):
+        raise InputError(f"expected outputs {', '.join(known)}, got {', '.join(message.wanted)}"[:300])
+
+
+def _check_size(elements: int, x: Tensor, message: Message, most: int, wire: str) -> None:
     """An answer may be far wider than what was sent."""
     elements = max(elements, x.numel())
-    if elements * x.itemsize > most:
-        raise Refusal(413, f"expected an answer of at most {most} bytes, it would be {elements * x.itemsize}: cut x")
+    nbytes = elements * x.itemsize if wire == "exact" else elements + elements // 32
+    if nbytes > most:
+        raise Refusal(413, f"expected an answer of at most {most} bytes, it would be {nbytes}: cut x")
     if not message.binary and elements > _JSON_ELEMENTS:
         raise Refusal(
             413, f"expected at most {_JSON_ELEMENTS} elements in JSON, got {elements}: ask for binary_data_output"
