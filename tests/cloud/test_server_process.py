@@ -131,7 +131,7 @@ def test_clients_that_leave(server):
 def test_a_large_body_that_nobody_asked_for(server):
     """The refusal reaches a client that sends first and reads later."""
     _, port, _ = server
-    found = over_http(port, "POST", "/v2/models/none/infer", bytes(1 << 20), {"Inference-Header-Content-Length": 1})
+    found = over_http(port, "POST", "/v2/models/none/infer", bytes(20 << 20), {"Inference-Header-Content-Length": 1})
     assert found[0] == 404
 
 

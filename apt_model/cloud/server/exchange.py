@@ -1,6 +1,7 @@
 """One request and its answer over ASGI: headers looked at, a body read within its bounds and its time."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +16,10 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 DEADLINE = "X-Apt-Deadline-Ms"
 _JOINED = 1 << 16  # parts below this are sent as one
-_LINGER_BYTES, _LINGER_SECONDS = 1 << 20, 1.0
+_DROPPED = 1 << 20  # bytes of a refused body that are read before the answer
+_HEARD_OUT = 1 << 28  # and after it
+_DROP_SECONDS = 1.0
+_TOO_SLOW = 408
 _LARGEST_NUMBER = 16  # digits
 
 
@@ -104,18 +108,26 @@ class Exchange:
         """Send the answer. A client that has not sent its whole body is heard out for a moment, then cut off."""
         total = sum(memoryview(part).nbytes for part in parts)
         self.status, self.sent = status, total
-        rest = 0 if self._whole or self.method in ("GET", "HEAD", "DELETE") else await self._linger()
+        coming = 0 if self._whole or self.method in ("GET", "HEAD", "DELETE") else self._coming()
+        if coming and coming <= _DROPPED and status != _TOO_SLOW:
+            await self._drop()  # and the connection stays
         named = [(b"content-length", str(total).encode()), *headers]
         if total:
             named.append((b"content-type", kind))
-        if rest or self._is_last():
+        cut = coming > 0 and not self._whole
+        if cut or self._is_last():
             named.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": named})
         if total <= _JOINED:
             parts = [b"".join(parts)]
-        for part in parts[:-1]:
-            await self._send({"type": "http.response.body", "body": part, "more_body": True})
-        await self._send({"type": "http.response.body", "body": parts[-1] if parts else b"", "more_body": False})
+        for number, part in enumerate(parts, start=1):
+            more = cut or number < len(parts)
+            await self._send({"type": "http.response.body", "body": part, "more_body": more})
+        if cut:
+            # Closing on what a client is still sending resets the connection, often before it has read the answer.
+            if coming <= _HEARD_OUT and status != _TOO_SLOW:
+                await self._drop()
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def respond_json(self, value: Any, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """Send an object."""
@@ -125,19 +137,20 @@ class Exchange:
         """Send a no."""
         await self.respond_json({"error": refusal.text}, refusal.status, refusal.headers)
 
-    async def _linger(self) -> int:
-        """Read and drop a small body that comes anyway, so that the client gets to hear; 1 where it is not whole."""
+    def _coming(self) -> int:
+        """Bytes of a body that the client is sending anyway; beyond all bounds where nobody knows."""
         length = self.headers.get("content-length", "0")
-        small = length.isascii() and length.isdigit() and len(length) < 8 and int(length) <= _LINGER_BYTES
-        if not small or "expect" in self.headers or "transfer-encoding" in self.headers:
-            return 1
-        try:
-            await asyncio.wait_for(self._drop(), _LINGER_SECONDS)
-        except asyncio.TimeoutError:
-            return 1
-        return 0 if self._whole else 1
+        known = length.isascii() and length.isdigit() and len(length) <= _LARGEST_NUMBER
+        if not known or "expect" in self.headers or "transfer-encoding" in self.headers:
+            return _HEARD_OUT + 1
+        return int(length)
 
     async def _drop(self) -> None:
+        """Read and drop the body, for a moment."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._drop_all(), _DROP_SECONDS)
+
+    async def _drop_all(self) -> None:
         while not self._whole:
             message = await self._receive()
             if message["type"] != "http.request":
