@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from served import OPEN, ROOT, answered, linear_file, over_http, request, running
 from small_models import noise
+
+from apt_model.cloud.server import run
 
 CANARY = "canary-7f3a91"
 
@@ -188,6 +191,36 @@ def test_every_address_is_of_both_families(tmp_path):
             assert code == 200
             assert torch.equal(answered(found, answer)["y"], F.linear(noise(1, 16), **tensors))
             connection.close()
+
+
+def test_connections_that_do_nothing_are_ended(monkeypatch):
+    """A head that does not come, and an answer that nobody reads: looked for twice a second."""
+
+    class Connection:
+        def __init__(self, *, heard, paused):
+            self.heard, self.told, self.aborted = heard, None, False
+            self.flow = SimpleNamespace(write_paused=paused)
+            self.transport = SimpleNamespace(abort=lambda: setattr(self, "aborted", True))
+
+        def close_with(self, status):
+            self.told = status
+
+    now = 1000.0
+    monkeypatch.setattr(run.time, "monotonic", lambda: now)
+    young, old = Connection(heard=now - 1, paused=False), Connection(heard=now - 60, paused=False)
+    computing, unread = Connection(heard=0.0, paused=False), Connection(heard=0.0, paused=True)
+    read_again = Connection(heard=0.0, paused=True)
+    everyone = {young, old, computing, unread, read_again}
+    run._sweep(everyone)
+    assert [each.told for each in (young, old, computing)] == [None, b"408 Request Timeout", None]
+    read_again.flow.write_paused = False
+    now += run.SEND_SECONDS / 2
+    run._sweep(everyone)
+    read_again.flow.write_paused = True
+    assert not unread.aborted
+    now += run.SEND_SECONDS
+    run._sweep(everyone)
+    assert [each.aborted for each in (unread, read_again, computing)] == [True, False, False]
 
 
 def test_it_drains(tmp_path):
