@@ -1,0 +1,320 @@
+"""Accelerators elsewhere: each says what it can do; the Open Inference Protocol to those that take tensors."""
+
+import math
+import os
+import threading
+import time
+import uuid
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from apt_model.cloud import wire
+from apt_model.cloud.client import Client, Endpoint, Tally, parsed
+from apt_model.cloud.deadline import Clock, Deadline
+from apt_model.cloud.int8g64 import GROUP
+from apt_model.cloud.providers.table import RULES, Rules
+from apt_model.cloud.tensors import Weights, from_wire, to_wire
+from apt_model.cloud.transport import OVERHEAD, Request, Transport
+from apt_model.core.errors import CloudError, ConfigError, RefusedError, WireError
+
+_HEALTHY_FOR = 30.0  # seconds that an answer about health is believed
+_PROBE = 5.0
+_EXTENSION = "binary_tensor_data"
+_JSON = 4096  # bytes that are kept free for a request's JSON and a gateway's headers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What a probe found."""
+
+    ok: bool
+    why: str
+    """In words, for either."""
+    seconds: float = 0.0
+    max_body: int | None = None
+    """What the server says it takes, in bytes."""
+    max_inflight: int | None = None
+    max_upload: int | None = None
+
+
+class CloudBackend(ABC):
+    """One accelerator elsewhere, perhaps with replicas."""
+
+    name: str
+    rules: Rules
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """With "tensors" it runs our layers; with "tokens" it chats, and cannot run a layer."""
+        return frozenset({self.rules.capability})
+
+    @abstractmethod
+    def health(self, *, fresh: bool = False) -> Health:
+        """What it said when it was asked last; asked again where that is long ago, or where `fresh`."""
+
+    def is_available(self) -> bool:
+        """Whether it answered when it was asked last. Never raises."""
+        return self.health().ok
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What it is, without a key."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of connections and threads."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {'/'.join(sorted(self.capabilities))})"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # copies of a layer share its connections
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise ConfigError("a connection is not pickled", remedy="save the state_dict, and connect again after loading")
+
+
+class OIPBackend(CloudBackend):
+    """A server of the Open Inference Protocol v2 with binary tensors, that holds weights of ours.
+
+    Args:
+        transports: the endpoint and its replicas, the preferred one first.
+        name: as `get_backend` takes it.
+        rules: of the gateway before it.
+        client: that asks; None is made of `transports`.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        transports: Sequence[Transport],
+        *,
+        name: str = "own",
+        rules: Rules | None = None,
+        client: Client | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.rules = rules or RULES["own"]
+        self.client = client or Client(transports)
+        self._clock = clock
+        self._health: tuple[float, Health] | None = None
+        self._held: set[tuple[str, str]] = set()
+        self._pushing = threading.Lock()
+        _alive.add(self)
+
+    def health(self, *, fresh: bool = False) -> Health:
+        """As `CloudBackend.health`."""
+        known = self._health
+        if known is None or fresh or self._clock() - known[0] > _HEALTHY_FOR:
+            known = (self._clock(), self._probed())
+            self._health = known
+        waits = [each.breaker.closed_in() for each in self.client.endpoints]
+        if known[1].ok and all(waits):
+            return Health(ok=False, why=f"left alone after failures, for another {min(waits):.0f} s")
+        return known[1]
+
+    def describe(self) -> dict[str, Any]:
+        """As `CloudBackend.describe`."""
+        return {
+            "name": self.name, "provider": self.rules.title, "capabilities": sorted(self.capabilities),
+            "endpoints": [each.transport.name for each in self.client.endpoints],
+            "breakers": [each.breaker.state for each in self.client.endpoints],
+        }  # fmt: skip
+
+    def limits(self) -> tuple[int, int]:
+        """The largest request's and answer's body, in bytes: the gateway's and the server's own, as it said once."""
+        known = self._health[1] if self._health else self.health()
+        server = known.max_body or wire.Limits().body_bytes
+        return min(self.rules.request_bytes or server, server), self.rules.reply_bytes or 2**40
+
+    def upload_limit(self) -> int:
+        """The largest file of weights, in bytes, that the gateway and the server take."""
+        known = self._health[1] if self._health else self.health()
+        server = known.max_upload if known.max_upload is not None else self.limits()[0]
+        return min(self.rules.request_bytes or server, server)
+
+    def push(self, weights: Weights, *, deadline_s: float = 300.0, again: bool = False) -> int:
+        """Make the server hold `weights`: bytes that were sent, 0 where it holds them already.
+
+        Args:
+            weights: what it is to hold.
+            deadline_s: seconds for all of it.
+            again: ask the server even where it is known to hold them.
+        """
+        key = (weights.model, weights.version)
+        if key in self._held and not again:
+            return 0
+        with self._pushing:
+            if key in self._held and not again:
+                return 0
+            sent, faults = 0, []
+            for endpoint in self.client.endpoints:
+                try:
+                    sent += self._push_to(endpoint, weights, Deadline(deadline_s))
+                except CloudError as error:  # noqa: PERF203 - a replica that is down keeps no other from being given them
+                    faults.append(error)
+            if len(faults) == len(self.client.endpoints):
+                raise faults[0]
+            self._held.add(key)
+            return sent
+
+    def infer(
+        self,
+        weights: Weights,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        *,
+        deadline: Deadline,
+        suffix: str = "",
+        parameters: Mapping[str, Any] | None = None,
+        identity: str | None = None,
+        tally: Tally | None = None,
+        patience: float = math.inf,
+    ) -> dict[str, Tensor]:
+        """Run a block there.
+
+        Args:
+            weights: the block's, which the server must hold (`push`).
+            inputs: by name.
+            outputs: name -> type and shape that must come back.
+            deadline: of all attempts.
+            suffix: ".bwd" for the backward.
+            parameters: of the request.
+            identity: of the forward, the same in all attempts; None makes one.
+            tally: what is added to.
+            patience: as `Client.ask`.
+
+        Raises:
+            CloudError: as `Client.ask`; `RefusedError` where the server does not hold the weights.
+        """
+        message = wire.Message(
+            tensors=tuple(to_wire(name, tensor) for name, tensor in inputs.items()),
+            id=identity or uuid.uuid4().hex, parameters=dict(parameters or {}), wanted=tuple(outputs),
+        )  # fmt: skip
+        parts, length = wire.encode_request(message)
+        # int8g64 may come in whole groups.
+        expected = sum(
+            (math.prod(shape) + GROUP * math.prod(shape[:-1])) * dtype.itemsize for dtype, shape in outputs.values()
+        )
+        request = Request(
+            method="POST", path=f"/v2/models/{weights.model}{suffix}/versions/{weights.version}/infer",
+            headers={"Content-Type": "application/octet-stream", wire.HEADER_LENGTH: str(length)},
+            parts=parts, most=expected + OVERHEAD,
+        )  # fmt: skip
+        response = self.client.ask(request, deadline, tally=tally, patience=patience)
+        if response.status == 404:
+            self._held.discard((weights.model, weights.version))
+            raise RefusedError(
+                f"{self.name} does not hold {weights.model}{suffix} {weights.version}",
+                remedy="apt-model cloud push, or let the layer push its weights (push=True)",
+            )
+        limits = wire.Limits(body_bytes=request.most, json_bytes=OVERHEAD)
+        answer = wire.decode_response(response.body, _json_length(response.headers), limits)
+        if answer.id not in (None, message.id):
+            raise WireError(f"{self.name}: expected the answer to {message.id}, got another request's")
+        found = {each.name: each for each in answer.tensors}
+        return {name: from_wire(found, name, dtype, shape) for name, (dtype, shape) in outputs.items()}
+
+    def holds(self, weights: Weights) -> bool:
+        """Whether the server is known to hold `weights`; asks nobody."""
+        return (weights.model, weights.version) in self._held
+
+    def close(self) -> None:
+        """As `CloudBackend.close`."""
+        self.client.close()
+
+    def renew(self) -> None:
+        """In a forked child: locks that another thread held at that moment are free."""
+        self._pushing = threading.Lock()
+        self.client.renew()
+
+    def _push_to(self, endpoint: Endpoint, weights: Weights, deadline: Deadline) -> int:
+        path = f"/v2/repository/models/{weights.model}/versions/{weights.version}"
+        one = self.client.only(endpoint)
+        if one.ask(Request(method="GET", path=path), Deadline(min(deadline.seconds, _PROBE))).status < 300:
+            return 0
+        parts = weights.file()
+        request = Request(method="PUT", path=path, headers={"Content-Type": "application/octet-stream"}, parts=parts)
+        limit = self.upload_limit()
+        if request.length > limit:
+            raise RefusedError(
+                f"{self.name}: the weights are {request.length} bytes, {limit} pass in a body",
+                remedy="put the file into the server's image, or start it with apt-model serve --weights FILE",
+            )
+        if one.ask(request, deadline).status == 404:
+            raise RefusedError(
+                f"{self.name}: the server takes no weights", remedy="start it with apt-model serve --weights FILE"
+            )
+        return request.length
+
+    def _probed(self) -> Health:
+        started = time.perf_counter()
+        deadline = Deadline(_PROBE)
+        try:
+            response = self.client.ask(Request(method="GET", path="/v2"), deadline, patience=0.0)
+            if response.status != 200:
+                return Health(ok=False, why=f"/v2 answers {response.status}: no server of the Open Inference Protocol")
+            about = parsed(response, self.name)
+            ready = self.client.ask(Request(method="GET", path="/v2/health/ready"), deadline, patience=0.0)
+        except (CloudError, ConfigError) as error:
+            return Health(ok=False, why=error.message)
+        if _EXTENSION not in (about.get("extensions") or ()):
+            return Health(ok=False, why=f"its server does not have the extension {_EXTENSION}")
+        if ready.status != 200:
+            return Health(ok=False, why=f"/v2/health/ready answers {ready.status}: it is not ready")
+        said = about.get("limits")
+        limits: Mapping[str, Any] = said if isinstance(said, Mapping) else {}
+        return Health(
+            ok=True, why=f"{about.get('name', 'a server')} {about.get('version', '')}".strip()[:80],
+            seconds=time.perf_counter() - started,
+            max_body=_count(limits.get("max_body")), max_inflight=_count(limits.get("max_inflight")),
+            max_upload=0 if limits.get("max_upload") == 0 else _count(limits.get("max_upload")),
+        )  # fmt: skip
+
+
+def rows_that_fit(limits: tuple[int, int], request_row: int, answer_row: int, who: str) -> int:
+    """Rows (tokens) whose request and answer pass in one body; `RefusedError` where not even one does."""
+    rows = min((limits[0] - _JSON) // max(request_row, 1), (limits[1] - _JSON) // max(answer_row, 1))
+    if rows < 1:
+        raise RefusedError(
+            f"{who}: a row of {request_row} bytes, with {answer_row} in return, does not pass: {limits[0]} and "
+            f"{limits[1]} bytes do",
+            remedy='wire="int8g64" halves it',
+        )
+    return rows
+
+
+_alive: "weakref.WeakSet[OIPBackend]" = weakref.WeakSet()
+
+
+def _renew() -> None:
+    for backend in list(_alive):
+        backend.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+def _json_length(headers: Mapping[str, str]) -> int | None:
+    value = headers.get(wire.HEADER_LENGTH.lower())
+    if value is None:
+        return None
+    if not value.isascii() or not value.isdigit() or len(value) > 12:
+        raise WireError(f"expected {wire.HEADER_LENGTH} to be a number, got something else")
+    return int(value)
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -1,0 +1,299 @@
+"""Requests that survive what can go wrong on the way: one deadline for all attempts, replicas, breakers, waits.
+
+A forward changes nothing on a server, so that asking again is always right; the same id travels with every attempt.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apt_model.cloud.breaker import Breaker
+from apt_model.cloud.deadline import Clock, Deadline
+from apt_model.cloud.transport import Request, Response, Transport
+from apt_model.core.errors import CloudError, DeadlineError, RefusedError, WireError
+
+DEADLINE_HEADER = "X-Apt-Deadline-Ms"
+_BUSY = (204, 408, 425, 429, 503)
+"""Answers of a server that is alive and may do it later; RunPod's workers say 204 while they load."""
+_LONGEST_WAIT = 120.0  # of what a server may ask for
+_SAMPLES = 128
+_ENOUGH = 8
+_REMEDIES = {
+    401: "the endpoint does not take the key: see that it is the one of this endpoint, and has not expired",
+    403: "the key may not use this endpoint",
+    413: "the server's or the gateway's body limit is smaller than it says: raise it (--max-body)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """How often, and how long in between: twice as long each time, less up to a quarter by chance."""
+
+    attempts: int = 3
+    first: float = 0.05
+    longest: float = 2.0
+
+
+class Tally:
+    """What one forward cost; attempts in several threads add to it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.sent = self.received = self.retries = 0
+
+    def add(self, *, sent: int = 0, received: int = 0, retries: int = 0) -> None:
+        """Add to each."""
+        with self._lock:
+            self.sent += sent
+            self.received += received
+            self.retries += retries
+
+
+class Endpoint:
+    """One server: how it is reached, its breaker, and how long it took lately."""
+
+    def __init__(self, transport: Transport, breaker: Breaker | None = None) -> None:
+        self.transport = transport
+        self.breaker = breaker or Breaker()
+        self._seconds: deque[float] = deque(maxlen=_SAMPLES)
+
+    def took(self, seconds: float) -> None:
+        """Remember a successful exchange."""
+        self._seconds.append(seconds)
+
+    def hedge_after(self) -> float | None:
+        """Seconds after which an answer is late: 1.5 times the slowest in a hundred; None while too few are known."""
+        known = sorted(self._seconds)
+        return 1.5 * known[math.ceil(0.99 * len(known)) - 1] if len(known) >= _ENOUGH else None
+
+
+class Client:
+    """Asks the first endpoint that may be asked.
+
+    Args:
+        transports: the endpoint and its replicas, the preferred one first.
+        retry: how often.
+        breaker: makes the breaker of an endpoint.
+        clock: monotonic seconds.
+        sleep: waits.
+        chance: from 0 to 1, for the jitter.
+    """
+
+    def __init__(
+        self,
+        transports: Sequence[Transport],
+        *,
+        retry: Retry | None = None,
+        breaker: Callable[[], Breaker] | None = None,
+        clock: Clock = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.endpoints = [Endpoint(each, breaker() if breaker else Breaker(clock=clock)) for each in transports]
+        self._retry = retry or Retry()
+        self._clock, self._sleep, self._chance = clock, sleep, chance
+        self._pool: tuple[int, concurrent.futures.ThreadPoolExecutor] | None = None
+        self._lock = threading.Lock()
+
+    def ask(
+        self, request: Request, deadline: Deadline, *, tally: Tally | None = None, patience: float = math.inf
+    ) -> Response:
+        """The answer, of status 2xx or 404.
+
+        Args:
+            request: what is asked.
+            deadline: of all attempts together.
+            tally: what is added to.
+            patience: the longest wait between two attempts; a longer one ends it, as for a caller who can do without.
+
+        Raises:
+            CloudError: the last attempt's; `DeadlineError`, `RefusedError` and `WireError` are some.
+        """
+        tally = tally or Tally()
+        last: CloudError | None = None
+        tried: list[Endpoint] = []
+        for attempt in range(self._retry.attempts):
+            endpoint = self._allowed(tried)
+            if endpoint is None:
+                raise last or self._left_alone()
+            if attempt:
+                tally.add(retries=1)
+            wait: float | None = None
+            try:
+                response = self._sent(endpoint, request, deadline, tally)
+            except (RefusedError, DeadlineError):
+                raise
+            except CloudError as error:
+                last = error
+            else:
+                if (response.status < 300 and response.status not in _BUSY) or response.status == 404:
+                    return response
+                last = _refusal(endpoint, response)
+                if isinstance(last, RefusedError):
+                    raise last
+                wait = _named_wait(response)
+            tried.append(endpoint)
+            self._pause(self._wait(attempt, tried, wait), deadline, patience, last)
+        assert last is not None
+        raise last
+
+    def only(self, endpoint: Endpoint) -> "Client":
+        """One that asks this endpoint alone, with the same breaker."""
+        made = Client([], retry=self._retry, clock=self._clock, sleep=self._sleep, chance=self._chance)
+        made.endpoints = [endpoint]
+        return made
+
+    def close(self) -> None:
+        """Let go of connections and threads."""
+        for endpoint in self.endpoints:
+            endpoint.transport.close()
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None and pool[0] == os.getpid():
+            pool[1].shutdown(wait=True, cancel_futures=True)
+
+    def _allowed(self, tried: Sequence[Endpoint]) -> Endpoint | None:
+        """An endpoint whose breaker lets a request through, those not yet tried first."""
+        fresh = [each for each in self.endpoints if each not in tried]
+        return next((each for each in [*fresh, *tried] if each.breaker.allow()), None)
+
+    def _left_alone(self) -> CloudError:
+        seconds = min(each.breaker.closed_in() for each in self.endpoints)
+        names = " and ".join(each.transport.name for each in self.endpoints)
+        return CloudError(f"{names}: left alone after failures, for another {seconds:.0f} s")
+
+    def _wait(self, attempt: int, tried: Sequence[Endpoint], named: float | None) -> float:
+        """Seconds before the next attempt: none for the first and for a server not asked yet."""
+        if len(tried) < len(self.endpoints):
+            return 0.0
+        if named is not None:
+            return named
+        if not attempt:
+            return 0.0
+        return min(self._retry.first * 2 ** (attempt - 1), self._retry.longest) * (1 - self._chance() / 4)
+
+    def _pause(self, wait: float, deadline: Deadline, patience: float, last: CloudError) -> None:
+        if wait > patience or wait >= deadline.left():
+            raise last
+        if wait:
+            self._sleep(wait)
+
+    def _sent(self, endpoint: Endpoint, request: Request, deadline: Deadline, tally: Tally) -> Response:
+        late = endpoint.hedge_after() if len(self.endpoints) > 1 else None
+        if late is None or late >= deadline.left():
+            return self._once(endpoint, request, deadline, tally)
+        pool = self._threads()
+        first = pool.submit(self._once, endpoint, request, deadline, tally)
+        concurrent.futures.wait([first], late)
+        other = None if first.done() else self._allowed_beside(endpoint)
+        if other is None:
+            return first.result()
+        tally.add(retries=1)
+        second = pool.submit(self._once, other, request, deadline, tally)
+        done, late_ones = concurrent.futures.wait([first, second], return_when=concurrent.futures.FIRST_COMPLETED)
+        for each in [*done, *late_ones]:
+            if each.exception() is None and each.result().status < 300:
+                return each.result()
+        return first.result()
+
+    def _allowed_beside(self, endpoint: Endpoint) -> Endpoint | None:
+        return next((each for each in self.endpoints if each is not endpoint and each.breaker.allow()), None)
+
+    def _once(self, endpoint: Endpoint, request: Request, deadline: Deadline, tally: Tally) -> Response:
+        """One exchange; the breaker that let it through is told how it went."""
+        breaker, left = endpoint.breaker, 0.0
+        try:
+            left = deadline.check(endpoint.transport.name)
+            headers = {**request.headers, DEADLINE_HEADER: str(math.ceil(left * 1000))}
+            started = self._clock()
+            tally.add(sent=request.length)
+            response = endpoint.transport.send(dataclasses.replace(request, headers=headers), timeout=left)
+        except RefusedError:
+            breaker.give_up()
+            raise
+        except DeadlineError:
+            # What little time earlier attempts left says nothing about this endpoint.
+            if left >= deadline.seconds / 2:
+                breaker.failure(severe=True)
+            else:
+                breaker.give_up()
+            raise
+        except CloudError:
+            breaker.failure()
+            raise
+        except BaseException:
+            breaker.give_up()
+            raise
+        tally.add(received=len(response.body))
+        if response.status >= 500 and response.status != 503:
+            breaker.failure(severe=response.status in (504, 524))
+        else:
+            breaker.success()
+            endpoint.took(self._clock() - started)
+        return response
+
+    def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None or self._pool[0] != os.getpid():
+                pool = concurrent.futures.ThreadPoolExecutor(8, thread_name_prefix="apt-cloud-hedge")
+                self._pool = (os.getpid(), pool)
+            return self._pool[1]
+
+    def renew(self) -> None:
+        """In a forked child: locks that another thread held at that moment are free."""
+        self._lock = threading.Lock()
+        for endpoint in self.endpoints:
+            endpoint.breaker.renew()
+
+
+def _refusal(endpoint: Endpoint, response: Response) -> CloudError:
+    """The error for an answer that is not one of success."""
+    said = endpoint.transport.redact(_said(response))
+    name, status = endpoint.transport.name, response.status
+    words = f"{name} answers {status}{f': {said[:300]}' if said else ''}"
+    if status in _BUSY or status >= 500:
+        return CloudError(words)
+    return RefusedError(words, remedy=_REMEDIES.get(status))
+
+
+def _said(response: Response) -> str:
+    """The server's words, on one line, without anything a terminal obeys."""
+    try:
+        found: Any = json.loads(bytes(response.body[:65536]))
+        text = found.get("error", "") if isinstance(found, Mapping) else ""
+    except (ValueError, RecursionError):
+        text = bytes(response.body[:1000]).decode("utf-8", "replace")
+    return "".join(letter if letter.isprintable() else " " for letter in str(text))
+
+
+def _named_wait(response: Response) -> float | None:
+    """Seconds that the server asks for; None where it names none, or none that make sense."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            seconds = float(response.headers.get(name, "")) * unit
+        except ValueError:
+            continue
+        if 0 <= seconds < math.inf:
+            # What is too long to wait for ends it, by the caller's deadline.
+            return seconds if seconds <= _LONGEST_WAIT else math.inf
+    return None
+
+
+def parsed(response: Response, who: str) -> Mapping[str, Any]:
+    """An answer's JSON object; `WireError` where it is none."""
+    try:
+        found = json.loads(bytes(response.body))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, Mapping):
+        raise WireError(f"{who}: expected a JSON object, got something else")
+    return found

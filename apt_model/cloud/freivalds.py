@@ -1,0 +1,86 @@
+"""Freivalds' check of a product computed elsewhere: random signs fold it, and the fold is compared with the weights'.
+
+For y = x W^T + b and random signs r, y . r must be x . (W^T r) + b . r: `in + out` multiplications a token instead of
+`in * out`. Outputs are folded in groups, so that one wrong element stands out of the rounding of few others. The signs
+are this process's secret. (R. Freivalds, "Probabilistic machines can use less running time", IFIP 1977.)
+"""
+
+import secrets
+
+import torch
+from torch import Tensor
+
+from apt_model.cloud.int8g64 import GROUP
+from apt_model.core.errors import IntegrityError
+
+FOLD = 256
+_SIGMAS = 8.0
+# Rounding an answer to its type, relative, twice over: a server may add partial sums in it.
+_ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-22}
+_ACCUMULATION = 2.0**-22  # of products added in fp32, relative to |x| |w|
+_INT8_STEP = 1 / 127
+
+
+class Freivalds:
+    """Checks answers for one weight.
+
+    Args:
+        weight: [out, in].
+        bias: [out], or None.
+        fold: outputs a fold.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, fold: int = FOLD) -> None:
+        out = weight.shape[0]
+        weight = weight.detach().cpu().double()
+        generator = torch.Generator().manual_seed(secrets.randbits(63))
+        self._short = -out % fold
+        self._fold = fold
+        self._signs = torch.randint(0, 2, (out,), generator=generator).double().mul_(2).sub_(1)
+        self._folded = self._grouped(weight.T * self._signs).sum(-1)  # [in, folds]
+        lengths = torch.linalg.vector_norm(weight, dim=1)
+        self._length = torch.linalg.vector_norm(self._grouped(lengths), dim=-1)  # [folds]
+        self._bias: Tensor | float = 0.0
+        self._bias_length: Tensor | float = 0.0
+        if bias is not None:
+            bias = bias.detach().cpu().double()
+            self._bias = self._grouped(bias * self._signs).sum(-1)
+            self._bias_length = torch.linalg.vector_norm(self._grouped(bias), dim=-1)
+
+    def wrong(self, x: Tensor, y: Tensor, *, int8: bool = False) -> Tensor:
+        """Which tokens of y [tokens, out] are not x [tokens, in]'s product: bool [tokens].
+
+        A token whose x is not finite is not judged; one whose y alone is not finite is wrong. `int8`: y came in
+        int8g64, and x is what the server read.
+        """
+        exact, found = x.double(), y.double()
+        expected = exact @ self._folded + self._bias
+        off = (self._grouped(found * self._signs).sum(-1) - expected).abs_()
+        size = self._grouped(found.square()).sum(-1)
+        # Variances of what rounding does, in each fold.
+        allowed = size * (_ROUNDING[y.dtype] ** 2 / 3)
+        reach = torch.linalg.vector_norm(exact, dim=-1, keepdim=True) * self._length + self._bias_length
+        allowed += (reach * _ACCUMULATION).square_()
+        if int8:
+            allowed += self._int8_variance(found)
+        bad = ~(off <= _SIGMAS * allowed.sqrt_()).all(-1)
+        bad |= ~torch.isfinite(found).all(-1)
+        return bad & torch.isfinite(exact).all(-1)
+
+    def check(self, x: Tensor, y: Tensor, who: str, *, int8: bool = False) -> None:
+        """`IntegrityError` where a token is wrong."""
+        bad = self.wrong(x, y, int8=int8)
+        if bool(bad.any()):
+            raise IntegrityError(
+                f"{who}: {int(bad.sum())} of {len(bad)} tokens are not the local weights' product; not used",
+                remedy="push the weights again; if it stays so, the server computes something else: do not use it",
+            )
+
+    def _int8_variance(self, y: Tensor) -> Tensor:
+        steps = torch.nn.functional.pad(y, (0, -y.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP)).abs().amax(-1)
+        each = (steps * _INT8_STEP).square_().div_(12).repeat_interleave(GROUP, dim=-1)[..., : y.shape[-1]]
+        return self._grouped(each).sum(-1)
+
+    def _grouped(self, values: Tensor) -> Tensor:
+        """[..., out] as [..., folds, fold], with zeros after the last."""
+        return torch.nn.functional.pad(values, (0, self._short)).unflatten(-1, (-1, self._fold))

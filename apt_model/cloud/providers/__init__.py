@@ -1,0 +1,1 @@
+"""Clouds by name: the rules each one documents, and how it is connected."""
