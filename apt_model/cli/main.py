@@ -21,6 +21,7 @@ COMMANDS = {
     "quantize": ("apt_model.cli.quantize", "turn a saved model's weights into 4-bit floating point"),
     "plan": ("apt_model.cli.plan", "what of a model would live where in GPU, RAM and SSD, and how fast that is"),
     "serve": ("apt_model.cli.serve", "hold weights, and compute with them for others over HTTP"),
+    "cloud": ("apt_model.cli.cloud", "accelerators elsewhere: which are set up, push weights, a round trip, chat"),
     "doctor": ("apt_model.cli.doctor", "what is broken on this machine, tried and not believed, and what to do"),
     "bench": ("apt_model.cli.bench", "how fast this machine is, beside the ceilings of what bounds it"),
     "info": ("apt_model.cli.info", "this version, this machine, and the size of a model"),

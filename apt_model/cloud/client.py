@@ -49,6 +49,8 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.sent = self.received = self.retries = 0
+        self.aside = 0.0
+        """Seconds that do not come again: of weights that were pushed."""
 
     def add(self, *, sent: int = 0, received: int = 0, retries: int = 0) -> None:
         """Add to each."""

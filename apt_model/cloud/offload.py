@@ -96,7 +96,7 @@ class Offload:
                 try:
                     started = time.perf_counter()
                     found = elsewhere(count.tally)
-                    self.stats.took("cloud", time.perf_counter() - started, rows)
+                    self.stats.took("cloud", time.perf_counter() - started - count.tally.aside, rows)
                 except (CloudError, InputError) as error:
                     self._fell_back(error)
                 else:
@@ -145,7 +145,7 @@ class Offload:
         """
         backend = self.tensors
         assert backend is not None
-        self._give(weights)
+        self._give(weights, tally)
         lead = next(iter(inputs.values()))
         request_row = sum(self._row_bytes(each.shape[1:], each.dtype) for each in inputs.values())
         answer_row = self._row_bytes(output.rest, lead.dtype)
@@ -196,14 +196,16 @@ class Offload:
             if not self.push or call.backend.holds(call.weights):
                 raise
         # A server that was restarted has forgotten the weights: it is given them again, once a forward.
-        self._give(call.weights)
+        self._give(call.weights, call.tally)
         call.tally.add(retries=1)
         return ask()
 
-    def _give(self, weights: Weights) -> None:
+    def _give(self, weights: Weights, tally: Tally) -> None:
         assert self.tensors is not None
         if self.push and not self.tensors.holds(weights):
+            started = time.perf_counter()
             sent = self.tensors.push(weights, deadline_s=self.deadline_s + weights.nbytes / _SLOWEST)
+            tally.aside += time.perf_counter() - started
             self.stats.add("bytes_pushed", sent)
 
     def _row_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:

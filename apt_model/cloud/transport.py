@@ -83,10 +83,14 @@ class InProcess:
         application: ASGI 3.
         auth: the header with the key.
         name: for messages.
+        prefix: of every request's path, without a slash at its end.
     """
 
-    def __init__(self, application: Application, *, auth: Auth | None = None, name: str = "in-process") -> None:
+    def __init__(
+        self, application: Application, *, auth: Auth | None = None, name: str = "in-process", prefix: str = ""
+    ) -> None:
         self.name = name
+        self._prefix = prefix
         self._application = application
         self._auth = auth
         self._lock = threading.Lock()
@@ -136,7 +140,8 @@ class InProcess:
     async def _ask(self, request: Request, headers: Mapping[str, str]) -> Response:
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": request.method,
-            "scheme": "http", "path": request.path, "raw_path": request.path.encode(), "query_string": b"",
+            "scheme": "http", "path": self._prefix + request.path,
+            "raw_path": (self._prefix + request.path).encode(), "query_string": b"",
             "root_path": "", "client": ("127.0.0.1", 0), "server": ("127.0.0.1", 0),
             "headers": [
                 (b"content-length", str(request.length).encode()),

@@ -40,7 +40,7 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("VGPU stack", _present(facts["vgpu_stack"])),
         ("multi-vendor backend", _standings(vendors)),
-        ("cloud NPU", _present(facts["cloud_npu"])),
+        ("cloud NPU", _cloud(facts["cloud_npu"]["configured"])),
         ("left spin", "on in a model whose configuration has use_left_spin (its default); not a matter of the mode"),
         ("expected speed-up", _speed_up(facts["expected_speed_up"])),
         (
@@ -105,6 +105,10 @@ def _standings(vendors: Mapping[str, str]) -> str:
     return "; ".join(
         f"{standing}: {', '.join(kind for kind, its in vendors.items() if its == standing)}" for standing in names
     )
+
+
+def _cloud(configured: list[str]) -> str:
+    return f"available; connected: {', '.join(configured) or 'none (enable_cloud_npu)'}"
 
 
 def _present(there: bool) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from apt_model.cloud.manager import get_cloud_npu_manager
 from apt_model.core.policy import Policy, current_policy
 from apt_model.core.system.device import Device
 from apt_model.core.system.manager import get_device_manager, look, vendors
@@ -28,7 +29,7 @@ def gather(device: Device | None = None) -> dict[str, Any]:
         },
         "vgpu_stack": True,
         "multi_vendor_backend": _standings(),
-        "cloud_npu": False,
+        "cloud_npu": {"configured": get_cloud_npu_manager().list_backends()},
         "left_spin": "by model configuration",
         "expected_speed_up": None if measured is None else _speed_up(measured),
         "virtual_memory": True,

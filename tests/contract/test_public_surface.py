@@ -11,8 +11,9 @@ SURFACE = {
     "apt_model": ["APTModel", "APTModelConfiguration", "get_device", "get_device_manager"],
     "apt_model.integrations": ["AptFP4Config", "prepare_for_training"],
     "apt_model.optimization": [
-        "FP4Config", "FusedFP4Embedding", "FusedFP4Linear", "VGPUStack",
-        "dequantize", "get_device", "get_device_manager", "quantize", "tune", "vb_global",
+        "CloudNPULinear", "FP4Config", "FusedFP4Embedding", "FusedFP4Linear", "VGPUStack",
+        "dequantize", "enable_cloud_npu", "get_cloud_npu_manager", "get_device", "get_device_manager", "quantize",
+        "tune", "vb_global",
     ],
     "apt_model.core.system": ["Accelerator", "Device", "Presence", "get_device", "get_device_manager", "triton_works"],
 }  # fmt: skip
@@ -36,6 +37,8 @@ HOMES = {
     "apt_model.trainer.trainer": ["Trainer", "RunResult"],
     "apt_model.modeling.generation_config": ["GenerationConfig"],
     "apt_model.optimization.fp4_config": ["FP4Config", "QuantizeReport", "Skipped"],
+    "apt_model.cloud.manager": ["CloudNPUManager", "CloudReport"],
+    "apt_model.cloud.remote_block": ["RemoteBlock"],
     "apt_model.optimization.tuning": ["TuneReport", "TunedShape"],
     "apt_model.layers.fp4_experts": ["FP4Experts", "pack_experts", "unpack_experts"],
 }
