@@ -143,6 +143,8 @@ class Client:
                 if isinstance(last, RefusedError):
                     raise last
                 wait = _named_wait(response)
+            if attempt + 1 == self._retry.attempts:
+                break
             tried.append(endpoint)
             self._pause(self._wait(attempt, tried, wait), deadline, patience, last)
         assert last is not None

@@ -1,7 +1,8 @@
 """Freivalds' check of a product computed elsewhere: random signs fold it, and the fold is compared with the weights'.
 
 For y = x W^T + b and random signs r, y . r must be x . (W^T r) + b . r: `in + out` multiplications a token instead of
-`in * out`. Outputs are folded in groups, so that one wrong element stands out of the rounding of few others. The signs
+`in * out`. Outputs are folded some at a time, 64 in 16 bits and 256 in fp32, which costs that part of the product: so
+that one wrong element stands out of the rounding of few others. The signs
 are this process's secret. (R. Freivalds, "Probabilistic machines can use less running time", IFIP 1977.)
 """
 
@@ -13,8 +14,7 @@ from torch import Tensor
 from apt_model.cloud.int8g64 import GROUP
 from apt_model.core.errors import IntegrityError
 
-FOLD = 256
-_SIGMAS = 8.0
+_SIGMAS = 7.0
 # Rounding an answer to its type, relative, twice over: a server may add partial sums in it.
 _ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-22}
 _ACCUMULATION = 2.0**-22  # of products added in fp32, relative to |x| |w|
@@ -27,25 +27,29 @@ class Freivalds:
     Args:
         weight: [out, in].
         bias: [out], or None.
-        fold: outputs a fold.
+        fold: outputs a fold; None is what the type wants.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, fold: int = FOLD) -> None:
-        out = weight.shape[0]
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, fold: int | None = None) -> None:
+        out, is_wide = weight.shape[0], weight.dtype == torch.float32
+        fold = fold or (256 if is_wide else 64)
+        # Beside 16 bits fp32 is exact enough; beside fp32 it is not.
+        self._dtype = torch.float64 if is_wide else torch.float32
         weight = weight.detach().cpu().double()
         generator = torch.Generator().manual_seed(secrets.randbits(63))
         self._short = -out % fold
         self._fold = fold
         self._signs = torch.randint(0, 2, (out,), generator=generator).double().mul_(2).sub_(1)
-        self._folded = self._grouped(weight.T * self._signs).sum(-1)  # [in, folds]
+        self._narrow_signs = self._signs.to(self._dtype)
+        self._folded = self._grouped(weight.T * self._signs).sum(-1).to(self._dtype)  # [in, folds]
         lengths = torch.linalg.vector_norm(weight, dim=1)
-        self._length = torch.linalg.vector_norm(self._grouped(lengths), dim=-1)  # [folds]
+        self._length = torch.linalg.vector_norm(self._grouped(lengths), dim=-1).to(self._dtype)  # [folds]
         self._bias: Tensor | float = 0.0
         self._bias_length: Tensor | float = 0.0
         if bias is not None:
             bias = bias.detach().cpu().double()
-            self._bias = self._grouped(bias * self._signs).sum(-1)
-            self._bias_length = torch.linalg.vector_norm(self._grouped(bias), dim=-1)
+            self._bias = self._grouped(bias * self._signs).sum(-1).to(self._dtype)
+            self._bias_length = torch.linalg.vector_norm(self._grouped(bias), dim=-1).to(self._dtype)
 
     def wrong(self, x: Tensor, y: Tensor, *, int8: bool = False) -> Tensor:
         """Which tokens of y [tokens, out] are not x [tokens, in]'s product: bool [tokens].
@@ -53,9 +57,9 @@ class Freivalds:
         A token whose x is not finite is not judged; one whose y alone is not finite is wrong. `int8`: y came in
         int8g64, and x is what the server read.
         """
-        exact, found = x.double(), y.double()
+        exact, found = x.to(self._dtype), y.to(self._dtype)
         expected = exact @ self._folded + self._bias
-        off = (self._grouped(found * self._signs).sum(-1) - expected).abs_()
+        off = (self._grouped(found * self._narrow_signs).sum(-1) - expected).abs_()
         size = self._grouped(found.square()).sum(-1)
         # Variances of what rounding does, in each fold.
         allowed = size * (_ROUNDING[y.dtype] ** 2 / 3)

@@ -101,9 +101,8 @@ class InProcess:
     def send(self, request: Request, *, timeout: float) -> Response:
         """As `Transport.send`."""
         headers = {**request.headers, **dict([self._auth.pair()] if self._auth else [])}
-        waiting = asyncio.run_coroutine_threadsafe(
-            asyncio.wait_for(self._ask(request, headers), timeout), self._running()
-        )
+        loop = self._running()
+        waiting = asyncio.run_coroutine_threadsafe(asyncio.wait_for(self._ask(request, headers), timeout), loop)
         try:
             return waiting.result()
         except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11

@@ -1,0 +1,70 @@
+"""What the tests of clouds share."""
+
+import contextlib
+
+import torch
+
+from apt_model.cloud.backend import OIPBackend
+from apt_model.cloud.client import Client, Retry
+from apt_model.cloud.fake import FakeServer
+from apt_model.cloud.fake_http import serving
+from apt_model.cloud.http_transport import HttpTransport
+from apt_model.cloud.secret import Auth, Secret
+from apt_model.cloud.transport import InProcess
+
+CANARY = "canary-5e1f0e77c0ffee"
+
+
+class Clock:
+    """Seconds that pass when told, also by sleeping."""
+
+    def __init__(self):
+        self.now = 100.0
+        self.slept = []
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def bearer(key=CANARY):
+    return Auth("Authorization", Secret(key), "Bearer ")
+
+
+@contextlib.contextmanager
+def in_process(*fakes, retry=None, **options):
+    """A backend over fakes in this process."""
+    fakes = fakes or (FakeServer(),)
+    auths = [bearer(each.key) if getattr(each, "key", None) else None for each in fakes]
+    transports = [InProcess(each, auth=auth) for each, auth in zip(fakes, auths, strict=True)]
+    backend = OIPBackend(transports, client=Client(transports, retry=retry or Retry()), **options)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@contextlib.contextmanager
+def over_http(fake=None, **options):
+    """The fake, what serves it, and a backend over a socket."""
+    fake = fake or FakeServer()
+    with serving(fake) as served:
+        backend = OIPBackend([HttpTransport(served.url, auth=bearer(fake.key) if fake.key else None)], **options)
+        try:
+            yield fake, served, backend
+        finally:
+            backend.close()
+
+
+def reference(layer, x):
+    with torch.no_grad():
+        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+
+def counts(layer):
+    stats = layer.get_stats()
+    assert stats["cloud_calls"] + stats["local_calls"] + stats["raised"] == stats["forwards"]
+    return stats["cloud_calls"], stats["local_calls"], stats["raised"]

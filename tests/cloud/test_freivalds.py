@@ -1,0 +1,134 @@
+"""The check of products, and the 8-bit wire: no false alarm, and what is caught."""
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apt_model.cloud.freivalds import Freivalds
+from apt_model.cloud.int8g64 import pack, unpack
+from apt_model.core.errors import InputError, IntegrityError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def problem(dtype, tokens=64, width=256, out=640, kind="normal"):
+    x, weight, bias = torch.randn(tokens, width), torch.randn(out, width) / 16, torch.randn(out)
+    if kind == "positive":
+        x, weight = x.abs(), weight.abs()
+    elif kind == "outliers":
+        x[:, :3] *= 100
+        weight[:, 3] *= 30
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "positive", "outliers"])
+def test_right_products_are_never_called_wrong(dtype, kind):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, weight, bias = problem(dtype, kind=kind)
+        y = torch.nn.functional.linear(x, weight, bias)
+        assert not Freivalds(weight, bias).wrong(x, y).any()
+        assert not Freivalds(weight.T).wrong(y, y @ weight).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounding_in_eight_bits_is_not_called_wrong(dtype):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, weight, bias = problem(dtype)
+        read = unpack(*pack(x), x.shape[-1], dtype)
+        y = torch.nn.functional.linear(read, weight, bias)
+        came = unpack(*pack(y), y.shape[-1], dtype)
+        check = Freivalds(weight, bias)
+        assert not check.wrong(read, came, int8=True).any()
+        came[3, 5] += 3
+        assert check.wrong(read, came, int8=True).tolist() == [at == 3 for at in range(64)]
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.999), (torch.float16, 0.9), (torch.bfloat16, 0.4)])
+def test_one_flipped_bit_is_caught(dtype, least):
+    """The highest bit of the fraction, in any element: what is let through is small beside the other elements."""
+    x, weight, bias = problem(dtype, tokens=2000)
+    y = torch.nn.functional.linear(x, weight, bias)
+    check = Freivalds(weight, bias)
+    integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    bit = {torch.float32: 22, torch.float16: 9, torch.bfloat16: 6}[dtype]
+    flipped = y.clone()
+    columns = torch.randint(0, y.shape[1], (len(y),))
+    rows = torch.arange(len(y))
+    flipped.view(integers)[rows, columns] ^= 1 << bit
+    caught = check.wrong(x, flipped)
+    assert float(caught.float().mean()) >= least
+    missed = ~caught
+    change = (flipped - y).float().norm(dim=-1) / y.float().norm(dim=-1)
+    assert float(change[missed].max() if missed.any() else 0) < 0.02
+
+
+def test_other_weights_other_rows_and_no_numbers_are_caught():
+    x, weight, bias = problem(torch.float32)
+    y = torch.nn.functional.linear(x, weight, bias)
+    check = Freivalds(weight, bias)
+    assert check.wrong(x, torch.nn.functional.linear(x, weight * 1.01, bias)).all()
+    assert check.wrong(x, y.roll(1, 0)).all()
+    assert check.wrong(x, torch.zeros_like(y)).all()
+    for bad in (float("nan"), float("inf")):
+        changed = y.clone()
+        changed[7, 0] = bad
+        assert check.wrong(x, changed).nonzero().tolist() == [[7]]
+    x[0, 0] = float("nan")  # what it multiplies is no number either
+    assert not check.wrong(x, torch.nn.functional.linear(x, weight, bias)).any()
+    with pytest.raises(IntegrityError, match="server: 64 of 64 tokens are not"):
+        check.check(x.nan_to_num(), y * 2, "server")
+
+
+def test_zeros_and_no_bias():
+    weight = torch.randn(100, 50)
+    x = torch.zeros(3, 50)
+    assert not Freivalds(weight).wrong(x, torch.zeros(3, 100)).any()
+    assert Freivalds(weight).wrong(x, torch.full((3, 100), 1e-3)).all()
+
+
+# --- int8g64
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    hnp.arrays(
+        np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_side=130), elements=st.floats(-1e4, 1e4, width=32)
+    )
+)
+def test_each_value_is_within_half_a_step_of_its_group(values):
+    x = torch.from_numpy(values)
+    q, scale = pack(x)
+    width = x.shape[-1]
+    assert (q.shape, scale.shape) == (x.shape, (*x.shape[:-1], -(-width // 64)))
+    step = scale.float().repeat_interleave(64, -1)[..., :width]
+    # The scale is rounded to fp16, so that the largest may be cut by half an fp16 step of it.
+    bound = step * (0.5 + 127 * 2**-11) + 127 * 2**-25
+    assert ((unpack(q, scale, width, torch.float32) - x).abs() <= bound).all()
+
+
+def test_zero_groups_have_scale_zero_and_bytes_are_as_said():
+    x = torch.zeros(2, 4096)
+    x[0, 64:128] = torch.linspace(-1, 1, 64)
+    q, scale = pack(x)
+    assert scale.count_nonzero() == 1
+    assert q.nbytes + scale.nbytes == 2 * 4224
+    assert torch.equal(unpack(q, scale, 4096, torch.float32)[1], x[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_what_has_no_scale_is_refused(bad):
+    with pytest.raises(InputError, match="int8g64"):
+        pack(torch.tensor([1.0, bad]))
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    q, scale = pack(torch.randn(2, 100))
+    for wrong in ((q, scale, 99), (q, scale[:, :1], 100), (q.float(), scale, 100), (q, scale.float(), 100)):
+        with pytest.raises(InputError, match="int8g64: expected"):
+            unpack(*wrong, torch.float32)
