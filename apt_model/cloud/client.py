@@ -186,7 +186,8 @@ class Client:
         return min(self._retry.first * 2 ** (attempt - 1), self._retry.longest) * (1 - self._chance() / 4)
 
     def _pause(self, wait: float, deadline: Deadline, patience: float, last: CloudError) -> None:
-        if wait > patience or wait >= deadline.left():
+        closed = min(each.breaker.closed_in() for each in self.endpoints)
+        if wait > patience or wait >= deadline.left() or closed > wait:
             raise last
         if wait:
             self._sleep(wait)

@@ -87,6 +87,8 @@ class Served:
 
     def close(self) -> None:
         """Stop listening and cut every connection, as a killed server does."""
+        if self.released.is_set():
+            return
         self.released.set()
         self._server.shutdown()
         for each in list(self.sockets):

@@ -40,7 +40,7 @@ class Freivalds:
         self._short = -out % fold
         self._fold = fold
         self._signs = torch.randint(0, 2, (out,), generator=generator).double().mul_(2).sub_(1)
-        self._narrow_signs = self._signs.to(self._dtype)
+        self._narrow_signs = self._grouped(self._signs).float()
         self._folded = self._grouped(weight.T * self._signs).sum(-1).to(self._dtype)  # [in, folds]
         lengths = torch.linalg.vector_norm(weight, dim=1)
         self._length = torch.linalg.vector_norm(self._grouped(lengths), dim=-1).to(self._dtype)  # [folds]
@@ -57,19 +57,19 @@ class Freivalds:
         A token whose x is not finite is not judged; one whose y alone is not finite is wrong. `int8`: y came in
         int8g64, and x is what the server read.
         """
-        exact, found = x.to(self._dtype), y.to(self._dtype)
+        exact, found = x.to(self._dtype), self._grouped(y.float())
         expected = exact @ self._folded + self._bias
-        off = (self._grouped(found * self._narrow_signs).sum(-1) - expected).abs_()
-        size = self._grouped(found.square()).sum(-1)
+        off = (torch.einsum("tgf,gf->tg", found, self._narrow_signs) - expected).abs_()
+        lengths = torch.linalg.vector_norm(found, dim=-1)
+        width = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         # Variances of what rounding does, in each fold.
-        allowed = size * (_ROUNDING[y.dtype] ** 2 / 3)
-        reach = torch.linalg.vector_norm(exact, dim=-1, keepdim=True) * self._length + self._bias_length
-        allowed += (reach * _ACCUMULATION).square_()
+        allowed = (lengths * _ROUNDING[y.dtype]).square_() / 3
+        allowed = allowed + ((width * self._length + self._bias_length) * _ACCUMULATION).square_()
         if int8:
-            allowed += self._int8_variance(found)
+            allowed += self._int8_variance(y.float())
         bad = ~(off <= _SIGMAS * allowed.sqrt_()).all(-1)
-        bad |= ~torch.isfinite(found).all(-1)
-        return bad & torch.isfinite(exact).all(-1)
+        bad |= ~torch.isfinite(lengths).all(-1)
+        return bad & torch.isfinite(width[:, 0])
 
     def check(self, x: Tensor, y: Tensor, who: str, *, int8: bool = False) -> None:
         """`IntegrityError` where a token is wrong."""

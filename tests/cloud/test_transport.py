@@ -112,7 +112,9 @@ class Raw:
     def run(self):
         connection, _ = self.listener.accept()
         with connection:
-            connection.recv(65536)
+            read = b""
+            while not read.endswith(b"x"):
+                read += connection.recv(65536)
             try:
                 for at in range(0, len(self.text), 1 if self.pause else len(self.text) or 1):
                     connection.sendall(self.text[at : at + 1] if self.pause else self.text)
