@@ -115,7 +115,8 @@ class Client:
             request: what is asked.
             deadline: of all attempts together.
             tally: what is added to.
-            patience: the longest wait between two attempts; a longer one ends it, as for a caller who can do without.
+            patience: of a caller who can do without: the longest wait that a server may ask for. Where it asks for
+                none, only attempts that need no wait are made.
 
         Raises:
             CloudError: the last attempt's; `DeadlineError`, `RefusedError` and `WireError` are some.
@@ -146,7 +147,10 @@ class Client:
             if attempt + 1 == self._retry.attempts:
                 break
             tried.append(endpoint)
-            self._pause(self._wait(attempt, tried, wait), deadline, patience, last)
+            if wait is None and patience < math.inf:
+                self._pause(self._wait(attempt, tried, None), deadline, 0.0, last)
+            else:
+                self._pause(self._wait(attempt, tried, wait), deadline, patience, last)
         assert last is not None
         raise last
 

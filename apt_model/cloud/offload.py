@@ -187,7 +187,7 @@ class Offload:
             return call.backend.infer(
                 call.weights, sent, wanted, deadline=call.deadline, suffix=call.suffix, identity=call.identity,
                 tally=call.tally, parameters={} if self.wire == "exact" else {"wire": self.wire},
-                patience=min(_PATIENCE, self.deadline_s) if self.fallback_local else self.deadline_s,
+                patience=min(_PATIENCE, self.deadline_s) if self.fallback_local else math.inf,
             )  # fmt: skip
 
         try:

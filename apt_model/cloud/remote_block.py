@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from apt_model.cloud.backend import CloudBackend
 from apt_model.cloud.client import Tally
 from apt_model.cloud.offload import Offload, Output, Wire, why_here
-from apt_model.cloud.tensors import ACTIVATIONS, Weights
+from apt_model.cloud.tensors import Weights
 from apt_model.core.errors import ConfigError, IntegrityError
 
 
@@ -110,12 +110,11 @@ class RemoteBlock(nn.Module):
 
     def _here(self, x: Tensor, others: Mapping[str, Tensor]) -> Tensor:
         local = self._local[0]
-        if local is None or (x.dtype not in ACTIVATIONS and self.weights.tensors):
+        if local is None:
             raise ConfigError(
-                f"{self._offload.who}: x of {x.dtype} {list(x.shape)} is computed elsewhere neither, and there is no "
-                "local block" if local is None else f"{self._offload.who}: expected fp16, bf16 or fp32, got {x.dtype}",
+                f"{self._offload.who}: no server takes {x.dtype} {list(x.shape)}, and there is no local block",
                 remedy="give local=, the same block here",
-            )  # fmt: skip
+            )
         found: Tensor = local(x, **others)
         return found
 

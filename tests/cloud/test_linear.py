@@ -261,7 +261,7 @@ def test_a_server_that_is_killed_costs_a_few_milliseconds():
         threading.Timer(0.1, served.close).start()
         started = time.perf_counter()
         assert torch.equal(layer(x), reference(layer, x))
-        assert time.perf_counter() - started < 1.0
+        assert time.perf_counter() - started < 0.5
         for _ in range(5):
             layer(x)
         assert counts(layer) == (1, 6, 0)
