@@ -1,9 +1,9 @@
-"""Freivalds' check of a product computed elsewhere: random signs fold it, and the fold is compared with the weights'.
+"""Freivalds' check of a product computed elsewhere: random numbers fold it, and the fold is compared with the weights'.
 
-For y = x W^T + b and random signs r, y . r must be x . (W^T r) + b . r: `in + out` multiplications a token instead of
-`in * out`. Outputs are folded some at a time, 64 in 16 bits and 256 in fp32, which costs that part of the product: so
-that one wrong element stands out of the rounding of few others. The signs
-are this process's secret. (R. Freivalds, "Probabilistic machines can use less running time", IFIP 1977.)
+For y = x W^T + b and random r, a sign and a length each, y . r must be x . (W^T r) + b . r: `in + out` multiplications
+a token instead of `in * out`. Outputs are folded some at a time, 64 in 16 bits and 256 in fp32, which costs that part of
+the product: so that one wrong element stands out of the rounding of few others. The numbers are this process's secret.
+(R. Freivalds, "Probabilistic machines can use less running time", IFIP 1977.)
 """
 
 import secrets
@@ -40,6 +40,10 @@ class Freivalds:
         self._short = -out % fold
         self._fold = fold
         self._signs = torch.randint(0, 2, (out,), generator=generator).double().mul_(2).sub_(1)
+        # Of lengths 3/4 to 5/4: signs alone cancel each other where every element is off by the same. With 8 bits each,
+        # so that products with values of 16 bits are exact.
+        lengths = torch.rand(out, generator=generator, dtype=torch.float64) / 2 + 0.75
+        self._signs *= lengths if is_wide else (lengths * 128).round_() / 128
         self._narrow_signs = self._grouped(self._signs).float()
         self._folded = self._grouped(weight.T * self._signs).sum(-1).to(self._dtype)  # [in, folds]
         lengths = torch.linalg.vector_norm(weight, dim=1)
