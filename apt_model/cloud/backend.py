@@ -136,7 +136,7 @@ class OIPBackend(CloudBackend):
         """The largest request's and answer's body, in bytes: the gateway's and the server's own, as it said once."""
         known = self._health[1] if self._health else self.health()
         server = known.max_body or wire.Limits().body_bytes
-        return min(self.rules.request_bytes or server, server), self.rules.reply_bytes or 2**40
+        return min(self.rules.request_bytes or server, server), min(self.rules.reply_bytes or server, server)
 
     def upload_limit(self) -> int:
         """The largest file of weights, in bytes, that the gateway and the server take."""
@@ -247,12 +247,12 @@ class OIPBackend(CloudBackend):
         parts = weights.file()
         request = Request(method="PUT", path=path, headers={"Content-Type": "application/octet-stream"}, parts=parts)
         limit = self.upload_limit()
-        if request.length > limit:
+        if request.length > limit > 0:
             raise RefusedError(
                 f"{self.name}: the weights are {request.length} bytes, {limit} pass in a body",
                 remedy="put the file into the server's image, or start it with apt-model serve --weights FILE",
             )
-        if one.ask(request, deadline).status == 404:
+        if limit == 0 or one.ask(request, deadline).status == 404:
             raise RefusedError(
                 f"{self.name}: the server takes no weights", remedy="start it with apt-model serve --weights FILE"
             )

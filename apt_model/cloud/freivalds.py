@@ -1,9 +1,12 @@
 """Freivalds' check of a product computed elsewhere: random numbers fold it, and the fold is compared with the weights'.
 
 For y = x W^T + b and random r, a sign and a length each, y . r must be x . (W^T r) + b . r: `in + out` multiplications
-a token instead of `in * out`. Outputs are folded some at a time, 64 in 16 bits and 256 in fp32, which costs that part of
-the product: so that one wrong element stands out of the rounding of few others. The numbers are this process's secret.
-(R. Freivalds, "Probabilistic machines can use less running time", IFIP 1977.)
+a token instead of `in * out`. Outputs are folded some at a time, 64 in 16 bits and 256 in fp32, which costs that part
+of the product: so that one wrong element stands out of the rounding of few others. The numbers are this process's
+secret. (R. Freivalds, "Probabilistic machines can use less running time", IFIP 1977.)
+
+What rounding may do follows in part from the answer, so that an answer which is wrong by a factor allows itself more:
+no element may be larger than |x| |w| + |b|, and answers in 8 bits, whose scales can be wrong, are folded several times.
 """
 
 import secrets
@@ -19,6 +22,10 @@ _SIGMAS = 7.0
 _ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-22}
 _ACCUMULATION = 2.0**-22  # of products added in fp32, relative to |x| |w|
 _INT8_STEP = 1 / 127
+# Of |x| |w| + |b|, which no element of a product exceeds: rounding to 8 bits and the like included.
+_LARGEST = 1.05
+INT8_FOLDS = 3
+"""Independent folds for answers in 8 bits: one alone misses a doubled scale in about six of a hundred."""
 
 
 class Freivalds:
@@ -28,9 +35,13 @@ class Freivalds:
         weight: [out, in].
         bias: [out], or None.
         fold: outputs a fold; None is what the type wants.
+        repeats: folds with numbers of their own.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, fold: int | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, fold: int | None = None, repeats: int = 1
+    ) -> None:
+        self._others = [Freivalds(weight, bias, fold=fold) for _ in range(repeats - 1)]
         out, is_wide = weight.shape[0], weight.dtype == torch.float32
         fold = fold or (256 if is_wide else 64)
         # Beside 16 bits fp32 is exact enough; beside fp32 it is not.
@@ -47,11 +58,14 @@ class Freivalds:
         self._narrow_signs = self._grouped(self._signs).float()
         self._folded = self._grouped(weight.T * self._signs).sum(-1).to(self._dtype)  # [in, folds]
         lengths = torch.linalg.vector_norm(weight, dim=1)
+        self._most = lengths.float()
         self._length = torch.linalg.vector_norm(self._grouped(lengths), dim=-1).to(self._dtype)  # [folds]
         self._bias: Tensor | float = 0.0
         self._bias_length: Tensor | float = 0.0
+        self._most_bias: Tensor | float = 0.0
         if bias is not None:
             bias = bias.detach().cpu().double()
+            self._most_bias = bias.abs().float()
             self._bias = self._grouped(bias * self._signs).sum(-1).to(self._dtype)
             self._bias_length = torch.linalg.vector_norm(self._grouped(bias), dim=-1).to(self._dtype)
 
@@ -67,12 +81,17 @@ class Freivalds:
         lengths = torch.linalg.vector_norm(found, dim=-1)
         width = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         # Variances of what rounding does, in each fold.
-        allowed = (lengths * _ROUNDING[y.dtype]).square_() / 3
+        least = torch.finfo(y.dtype).tiny * torch.finfo(y.dtype).eps  # what an answer of next to nothing is rounded by
+        allowed = (lengths * _ROUNDING[y.dtype]).square_() / 3 + self._fold * least**2
         allowed = allowed + ((width * self._length + self._bias_length) * _ACCUMULATION).square_()
         if int8:
             allowed += self._int8_variance(y.float())
         bad = ~(off <= _SIGMAS * allowed.sqrt_()).all(-1)
         bad |= ~torch.isfinite(lengths).all(-1)
+        most = (width.float() * self._most + self._most_bias) * _LARGEST + least
+        bad |= (y.float().abs() > most).any(-1)
+        for each in self._others:
+            bad |= each.wrong(x, y, int8=int8)
         return bad & torch.isfinite(width[:, 0])
 
     def check(self, x: Tensor, y: Tensor, who: str, *, int8: bool = False) -> None:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from apt_model.cloud.backend import CloudBackend
 from apt_model.cloud.client import Tally
-from apt_model.cloud.freivalds import Freivalds
+from apt_model.cloud.freivalds import INT8_FOLDS, Freivalds
 from apt_model.cloud.int8g64 import pack, unpack
 from apt_model.cloud.offload import Offload, Output, Wire, why_here
 from apt_model.cloud.tensors import ACTIVATIONS, Weights
@@ -32,14 +32,17 @@ class _Pushed:
         # Copies: an answer in flight is checked against what was sent, whatever happens to the parameters.
         tensors = {name: each.detach().cpu().clone() for name, each in layer.named_parameters(recurse=False)}
         self.weights = Weights(kind="linear", config={}, tensors=tensors)
-        self.check = Freivalds(tensors["weight"], tensors.get("bias")) if layer.verify else None
+        self._repeats = INT8_FOLDS if layer._offload.wire == "int8g64" else 1  # noqa: SLF001 - ours
+        self.check = None
+        if layer.verify:
+            self.check = Freivalds(tensors["weight"], tensors.get("bias"), repeats=self._repeats)
         self._layer_verify = layer.verify
         self._backward: Freivalds | None = None
 
     def check_backward(self) -> Freivalds | None:
         """What checks dx = dy W; made when it is needed first."""
         if self._backward is None and self._layer_verify:
-            self._backward = Freivalds(self.weights.tensors["weight"].T)
+            self._backward = Freivalds(self.weights.tensors["weight"].T, repeats=self._repeats)
         return self._backward
 
 

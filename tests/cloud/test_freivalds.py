@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt_model.cloud.freivalds import Freivalds
+from apt_model.cloud.freivalds import INT8_FOLDS, Freivalds
 from apt_model.cloud.int8g64 import pack, unpack
 from apt_model.core.errors import InputError, IntegrityError
 
@@ -83,6 +83,36 @@ def test_other_weights_other_rows_and_no_numbers_are_caught():
     assert not check.wrong(x, torch.nn.functional.linear(x, weight, bias)).any()
     with pytest.raises(IntegrityError, match="server: 64 of 64 tokens are not"):
         check.check(x.nan_to_num(), y * 2, "server")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bit", range(8, 16))
+def test_a_scale_with_a_flipped_bit_is_caught(dtype, bit):
+    """The answer is wrong by a factor then, and what it allows itself grows with it; bit 8 is a quarter, and less."""
+    x, weight, bias = problem(dtype, tokens=4000)
+    read = unpack(*pack(x), x.shape[-1], dtype)
+    q, scale = pack(torch.nn.functional.linear(read, weight, bias))
+    flipped = scale.clone()
+    flipped.view(torch.int16)[:, 1] ^= torch.tensor(1 << bit if bit < 15 else -(1 << 15), dtype=torch.int16)
+    came = unpack(q, flipped, bias.shape[0], dtype)
+    caught = Freivalds(weight, bias, repeats=INT8_FOLDS).wrong(read, came, int8=True)
+    assert float(caught.float().mean()) >= (0.95 if bit == 8 else 0.99)
+    good = unpack(q, scale, bias.shape[0], dtype)
+    assert not Freivalds(weight, bias, repeats=INT8_FOLDS).wrong(read, good, int8=True).any()
+
+
+def test_nothing_is_larger_than_the_weights_allow():
+    x, weight, bias = problem(torch.float32)
+    y = torch.nn.functional.linear(x, weight, bias)
+    y[5] = 1e30  # all of one size, with any signs: the folds of such a row allow themselves as much
+    assert Freivalds(weight, bias).wrong(x, y).nonzero().tolist() == [[5]]
+
+
+def test_answers_of_next_to_nothing_are_no_false_alarm():
+    x, weight, bias = problem(torch.float16)
+    x, bias = x * 1e-6, bias * 0
+    y = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).half()
+    assert not Freivalds(weight, bias).wrong(x, y).any()
 
 
 def test_zeros_and_no_bias():
