@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from apt_model.cloud.backend import CloudBackend
 from apt_model.cloud.client import Tally
 from apt_model.cloud.freivalds import INT8_FOLDS, Freivalds
-from apt_model.cloud.int8g64 import pack, unpack
+from apt_model.cloud.int8g64 import GROUP, pack, unpack
 from apt_model.cloud.offload import Offload, Output, Wire, why_here
 from apt_model.cloud.tensors import ACTIVATIONS, Weights
 
@@ -32,17 +32,19 @@ class _Pushed:
         # Copies: an answer in flight is checked against what was sent, whatever happens to the parameters.
         tensors = {name: each.detach().cpu().clone() for name, each in layer.named_parameters(recurse=False)}
         self.weights = Weights(kind="linear", config={}, tensors=tensors)
-        self._repeats = INT8_FOLDS if layer._offload.wire == "int8g64" else 1  # noqa: SLF001 - ours
+        int8 = layer._offload.wire == "int8g64"  # noqa: SLF001 - ours
+        # A fold is a group then, so that a wrong scale stands beside nobody else's rounding.
+        self._fold, self._repeats = (GROUP, INT8_FOLDS) if int8 else (None, 1)
         self.check = None
         if layer.verify:
-            self.check = Freivalds(tensors["weight"], tensors.get("bias"), repeats=self._repeats)
+            self.check = Freivalds(tensors["weight"], tensors.get("bias"), fold=self._fold, repeats=self._repeats)
         self._layer_verify = layer.verify
         self._backward: Freivalds | None = None
 
     def check_backward(self) -> Freivalds | None:
         """What checks dx = dy W; made when it is needed first."""
         if self._backward is None and self._layer_verify:
-            self._backward = Freivalds(self.weights.tensors["weight"].T, repeats=self._repeats)
+            self._backward = Freivalds(self.weights.tensors["weight"].T, fold=self._fold, repeats=self._repeats)
         return self._backward
 
 
