@@ -34,8 +34,9 @@ class _Pushed:
         self.weights = Weights(kind="linear", config={}, tensors=tensors)
         int8 = layer._offload.wire == "int8g64"  # noqa: SLF001 - ours
         # A fold is a group then, so that a wrong scale stands beside nobody else's rounding.
-        self._fold, self._repeats = (GROUP, INT8_FOLDS) if int8 else (None, 1)
-        self.check = None
+        self._fold = GROUP if int8 else None
+        self._repeats = INT8_FOLDS if int8 else 1
+        self.check: Freivalds | None = None
         if layer.verify:
             self.check = Freivalds(tensors["weight"], tensors.get("bias"), fold=self._fold, repeats=self._repeats)
         self._layer_verify = layer.verify
