@@ -37,6 +37,7 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def _disabled(monkeypatch):
     monkeypatch.delenv("APT_DEVICE", raising=False)
+    monkeypatch.setattr(calibration._Process, "found", None)  # nobody has measured yet
     vb.disable()
     yield
     vb.disable()
