@@ -9,6 +9,8 @@ from torch import Tensor
 from apt_model.core.errors import InputError
 
 GROUP = 64
+WIRES = ("exact", "int8g64")
+"""How activations may travel."""
 _LARGEST = 127.0
 
 

@@ -14,14 +14,13 @@ from torch import Tensor
 from apt_model.cloud.backend import CloudBackend, OIPBackend, rows_that_fit
 from apt_model.cloud.client import Tally
 from apt_model.cloud.deadline import Deadline
-from apt_model.cloud.int8g64 import GROUP, pack, unpack
+from apt_model.cloud.int8g64 import GROUP, WIRES, pack, unpack
 from apt_model.cloud.stats import Stats
 from apt_model.cloud.tensors import ACTIVATIONS, Weights
 from apt_model.core.errors import CloudError, ConfigError, InputError, RefusedError
 
 LOG = logging.getLogger(__name__)
 Wire = Literal["exact", "int8g64"]
-_WIRES = ("exact", "int8g64")
 _PATIENCE = 0.25  # seconds a forward waits for a busy server where it can be computed here
 _MEASURED_AFTER = 4  # forwards elsewhere, before one is repeated here to compare the times
 _LOSES = 1.5
@@ -65,8 +64,8 @@ class Offload:
         deadline_s: float,
         push: bool,
     ) -> None:
-        if wire not in _WIRES:
-            raise ConfigError(f"{who}: expected wire to be one of {', '.join(_WIRES)}, got {wire!r}")
+        if wire not in WIRES:
+            raise ConfigError(f"{who}: expected wire to be one of {', '.join(WIRES)}, got {wire!r}")
         if not deadline_s > 0:
             raise ConfigError(f"{who}: expected deadline_s above 0, got {deadline_s!r}")
         if backend is not None and not isinstance(backend, CloudBackend):

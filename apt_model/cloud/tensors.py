@@ -15,13 +15,18 @@ from apt_model.cloud.identity import described, digest_of
 from apt_model.cloud.int8g64 import GROUP
 from apt_model.cloud.wire import Buffer, WireTensor
 from apt_model.core.errors import InputError, WireError
+from apt_model.core.tensor_io import DTYPES as FILE_DTYPES
+from apt_model.core.tensor_io import as_bytes
 
-_NAMES = {
-    torch.float16: ("FP16", "F16"), torch.bfloat16: ("BF16", "BF16"), torch.float32: ("FP32", "F32"),
-    torch.float64: ("FP64", "F64"), torch.int8: ("INT8", "I8"), torch.uint8: ("UINT8", "U8"),
-    torch.int32: ("INT32", "I32"), torch.int64: ("INT64", "I64"), torch.bool: ("BOOL", "BOOL"),
+DTYPES = {
+    "BOOL": torch.bool, "UINT8": torch.uint8, "INT8": torch.int8, "INT16": torch.int16, "INT32": torch.int32,
+    "INT64": torch.int64, "FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32, "FP64": torch.float64,
 }  # fmt: skip
-_BY_WIRE = {wire: dtype for dtype, (wire, _) in _NAMES.items()}
+"""By the protocol's names."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_IN_FILES = {dtype: name for name, dtype in FILE_DTYPES.items()}
+_SENT = tuple(dtype for dtype in NAMES if dtype != torch.int16)
+"""What our layers have."""
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 """What a server computes with."""
 
@@ -30,21 +35,33 @@ def data_of(tensor: Tensor) -> Buffer:
     """The bytes of a tensor, rows first, without a copy where it lies so in the CPU's memory."""
     if sys.byteorder != "little":
         raise InputError("the wire is little endian, this machine is not")
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return as_bytes(tensor.detach().cpu().contiguous())
 
 
 def to_wire(name: str, tensor: Tensor) -> WireTensor:
     """A tensor as it travels."""
-    if tensor.dtype not in _NAMES:
-        raise InputError(f"{name}: expected one of {', '.join(map(str, _NAMES))}, got {tensor.dtype}")
-    return WireTensor(name, _NAMES[tensor.dtype][0], tuple(tensor.shape), data_of(tensor))
+    _check(name, tensor)
+    return WireTensor(name, NAMES[tensor.dtype], tuple(tensor.shape), data_of(tensor))
+
+
+def as_tensor(wire: WireTensor) -> Tensor:
+    """The tensor: over the message's own memory where that is aligned and may be written, else a copy."""
+    dtype = DTYPES[wire.datatype]
+    if math.prod(wire.shape) == 0:
+        return torch.empty(wire.shape, dtype=dtype)
+    data: Any = memoryview(wire.data)
+    raw = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
+    if dtype == torch.bool:  # bytes other than 0 and 1 are no booleans
+        return (raw != 0).view(wire.shape)
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(wire.shape)
 
 
 def from_wire(tensors: Mapping[str, WireTensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The tensor of that name, on the CPU, a view of the answer's memory; `WireError` where it is another one."""
     found = tensors.get(name)
-    expected = (_NAMES[dtype][0], shape)
+    expected = (NAMES[dtype], shape)
     whole = (*shape[:-1], -(-shape[-1] // GROUP) * GROUP) if shape else shape
     if found is not None and dtype == torch.int8 and found.shape == whole != shape:
         # int8g64 may come in whole groups.
@@ -52,14 +69,12 @@ def from_wire(tensors: Mapping[str, WireTensor], name: str, dtype: torch.dtype, 
     if found is None or (found.datatype, found.shape) != expected:
         got = "none" if found is None else f"{found.datatype} {list(found.shape)}"
         raise WireError(f"expected the tensor {name!r} as {expected[0]} {list(shape)}, got {got}")
-    if not math.prod(shape):
-        return torch.empty(shape, dtype=dtype)
-    data = found.data if not memoryview(found.data).readonly else bytearray(found.data)
-    # Behind the JSON a tensor may begin at any byte; torch wants whole elements.
-    view = torch.frombuffer(data, dtype=torch.uint8)
-    if view.data_ptr() % dtype.itemsize:
-        view = view.clone()
-    return view.view(_BY_WIRE[found.datatype]).view(shape)
+    return as_tensor(found)
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _SENT:
+        raise InputError(f"{name}: expected one of {', '.join(map(str, _SENT))}, got {tensor.dtype}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,9 +119,8 @@ class Weights:
     @property
     def _raw(self) -> dict[str, tuple[str, tuple[int, ...], Buffer]]:
         for name, tensor in self.tensors.items():
-            if tensor.dtype not in _NAMES:
-                raise InputError(f"{name}: expected one of {', '.join(map(str, _NAMES))}, got {tensor.dtype}")
+            _check(name, tensor)
         return {
-            name: (_NAMES[tensor.dtype][1], tuple(tensor.shape), data_of(tensor))
+            name: (_IN_FILES[tensor.dtype], tuple(tensor.shape), data_of(tensor))
             for name, tensor in self.tensors.items()
         }

@@ -1,5 +1,6 @@
 """What is true of this machine and this version, as plain data: the banner words it, `vb.status()` returns it."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -39,9 +40,8 @@ def gather(device: Device | None = None) -> dict[str, Any]:
 
 def _measured(device: Device) -> Any:
     """What this process has measured of `device`, if it has."""
-    from apt_model.optimization import calibration  # noqa: PLC0415 - the kernels, which a quick status has no use for
-
-    found = calibration.last()
+    calibration = sys.modules.get("apt_model.optimization.calibration")  # not loaded, it has measured nothing
+    found = None if calibration is None else calibration.last()
     return found if found is not None and found.device == str(device.device) else None
 
 

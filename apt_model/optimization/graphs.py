@@ -73,8 +73,7 @@ class Graphs:
         self._roles: dict[Hashable, Roles | None] = {}
         self._padded: dict[Hashable, int] = {}
         """By family, how many dimensions of the inputs may be padded: 2 until it has failed, then rows, then none."""
-        self._proofs: dict[Hashable, int] = {}
-        """By family, how many dimensions were padded when it was proven."""
+        self._proven_families: set[Hashable] = set()
         self._lock = threading.Lock()
         self._ends = _ends(model)
         self._placed = _places(self._ends)
@@ -157,7 +156,7 @@ class Graphs:
 
     def _known(self, call: Call) -> "_Graph | None":
         keys: list[Hashable] = [(call.family, call.sizes)]
-        if self._proofs.get(call.family):
+        if call.family in self._proven_families:
             keys.append((call.family, self._bucket(call)))
         for key in keys:
             graph = self._graphs.get(key)
@@ -251,7 +250,7 @@ class Graphs:
         pairs = zip(first, second, strict=True)
         proven = all(not isinstance(one, Tensor) or _same_bits(one, other) for one, other in pairs)
         if proven:
-            self._proofs[call.family] = self._padded.get(call.family, 2)
+            self._proven_families.add(call.family)
         return proven
 
     def _found_roles(self, call: Call, plain: Sequence[Any]) -> Roles | None:

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch import nn
 
 import apt_model.optimization.vb_global as vb
 from benchmarks import record
-from benchmarks.training.throughput import DEVICE, SMALL, PlainTransformer, Shape, apt
+from benchmarks.training.throughput import DEVICE, SMALL, PlainTransformer, Shape, apt, seconds_a_step
 
 
 def all_on(shape: Shape) -> nn.Module:
@@ -91,12 +90,7 @@ class Arm:
         self.peak = 0
 
     def seconds(self, steps: int) -> float:
-        if DEVICE == "cuda":
-            return record.gpu_seconds(self.step, repeat=steps, warm_up=1)
-        begin = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        return (time.perf_counter() - begin) / steps
+        return seconds_a_step(self.step, steps)
 
     def row(self) -> dict:
         middle = statistics.median(self.times)

@@ -127,6 +127,16 @@ ARMS: dict[str, Callable[[Shape], nn.Module]] = {
 }
 
 
+def seconds_a_step(step: Callable[[], object], steps: int) -> float:
+    """GPU time, or the clock's without a GPU."""
+    if DEVICE == "cuda":
+        return record.gpu_seconds(step, repeat=steps, warm_up=1)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - begin) / steps
+
+
 class Arm:
     """One model with its optimizer, ready to take steps."""
 
@@ -158,12 +168,7 @@ class Arm:
         return loss.detach()
 
     def seconds(self, steps: int) -> float:
-        if DEVICE == "cuda":
-            return record.gpu_seconds(self.step, repeat=steps, warm_up=1)
-        begin = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        return (time.perf_counter() - begin) / steps
+        return seconds_a_step(self.step, steps)
 
     def row(self, timings: list[float], losses: tuple[float, float], peak: int) -> dict[str, object]:
         tokens = 2 * self.shape.batch * self.shape.length

@@ -19,7 +19,7 @@ from apt_model.cloud.server.app import Application
 from apt_model.cloud.server.config import ServerConfig
 from apt_model.cloud.server.models import Models, on_device
 from apt_model.cloud.server.store import Store
-from apt_model.cloud.server.tensors import as_wire
+from apt_model.cloud.tensors import to_wire
 
 ROOT = Path(__file__).parents[2]
 OPEN = "127.0.0.1"
@@ -74,7 +74,7 @@ async def ask(app, method, path, body=b"", headers=(), *, client=OPEN, pieces=No
 def request(tensors, *, id=None, binary=True, **parameters):  # noqa: A002
     """Body and headers of an infer."""
     message = wire.Message(
-        tensors=tuple(as_wire(name, tensor) for name, tensor in tensors.items()), id=id, binary=binary,
+        tensors=tuple(to_wire(name, tensor) for name, tensor in tensors.items()), id=id, binary=binary,
         parameters=parameters,
     )  # fmt: skip
     parts, length = wire.encode_request(message)
@@ -83,7 +83,7 @@ def request(tensors, *, id=None, binary=True, **parameters):  # noqa: A002
 
 def answered(headers, body):
     """The tensors of an answer."""
-    from apt_model.cloud.server.tensors import as_tensor
+    from apt_model.cloud.tensors import as_tensor
 
     length = headers.get(wire.HEADER_LENGTH.lower())
     found = wire.decode_response(bytearray(body), int(length) if length else None, wire.Limits())

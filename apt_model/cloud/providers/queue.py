@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from apt_model.cloud.client import parsed
 from apt_model.cloud.transport import Request, Response, Transport
 from apt_model.core.errors import CloudError, DeadlineError, WireError
 
@@ -84,13 +85,7 @@ class QueueTransport:
             )
         if response.status >= 300:
             return response
-        try:
-            found = json.loads(bytes(response.body))
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, Mapping):
-            raise WireError(f"{self.name}: expected a JSON object, got something else")
-        return found
+        return parsed(response, self.name)
 
     def _answer(self, output: Any) -> Response:
         try:

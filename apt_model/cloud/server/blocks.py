@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_model.cloud.server.tensors import FLOATS, NAMES
+from apt_model.cloud.server.tensors import FLOATS
+from apt_model.cloud.tensors import NAMES
 from apt_model.core.errors import ConfigError, InputError
 from apt_model.core.options import require, unknown_name
 

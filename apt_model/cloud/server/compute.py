@@ -14,11 +14,11 @@ from apt_model.cloud import int8g64
 from apt_model.cloud.server.blocks import Port
 from apt_model.cloud.server.models import BACKWARD, Model
 from apt_model.cloud.server.refusal import Refusal
-from apt_model.cloud.server.tensors import DTYPES, FLOATS, NAMES, as_tensor, as_wire
+from apt_model.cloud.server.tensors import FLOATS
+from apt_model.cloud.tensors import DTYPES, NAMES, as_tensor, to_wire
 from apt_model.cloud.wire import Buffer, Message, WireTensor, encode_response
 from apt_model.core.errors import InputError
 
-WIRES = ("exact", "int8g64")
 _JSON_ELEMENTS = 1 << 18  # of an answer in JSON, whose numbers take many times their bytes
 SMALL = 1 << 20
 """Products of weights and rows up to which another thread costs more than it saves."""
@@ -34,8 +34,8 @@ def answer(
         InputError, WireError: these are not the model's inputs.
     """
     wire = message.parameters.get("wire", "exact")
-    if wire not in WIRES:
-        raise InputError(f"parameter wire: expected {' or '.join(WIRES)}, got {wire!r}"[:300])
+    if wire not in int8g64.WIRES:
+        raise InputError(f"parameter wire: expected {' or '.join(int8g64.WIRES)}, got {wire!r}"[:300])
     _check_wanted(message, "dx" if backward else "y", wire)
     block = model.block
     tensors = _unpacked(message.tensors, {port.name: port for port in (*block.inputs, _gradient(block.y))}, wire)
@@ -87,7 +87,9 @@ def describe(model: Model, versions: list[str], *, backward: bool) -> dict[str, 
     return {
         "name": model.name + (BACKWARD if backward else ""), "versions": versions, "platform": "apt_model",
         "inputs": shown(ins), "outputs": shown(outs),
-        "parameters": {"kind": model.kind, "wire": list(WIRES), "version": model.version, "datatypes": list(FLOATS)},
+        "parameters": {
+            "kind": model.kind, "wire": list(int8g64.WIRES), "version": model.version, "datatypes": list(FLOATS),
+        },
     }  # fmt: skip
 
 
@@ -123,10 +125,10 @@ def _unpacked(tensors: tuple[WireTensor, ...], ports: Mapping[str, Port], wire: 
 def _packed(name: str, tensor: Tensor, wire: str, *, padded: bool) -> tuple[WireTensor, ...]:
     """The answer's tensors; with int8g64 as wide as the numbers, or padded to groups where `x_q` came so."""
     if wire == "exact":
-        return (as_wire(name, tensor),)
+        return (to_wire(name, tensor),)
     q, scale = int8g64.pack(tensor)
     q = F.pad(q, (0, -q.shape[-1] % int8g64.GROUP if padded else 0))
-    return as_wire(f"{name}_q", q), as_wire(f"{name}_scale", scale)
+    return to_wire(f"{name}_q", q), to_wire(f"{name}_scale", scale)
 
 
 def _gradient(y: Port) -> Port:
