@@ -23,6 +23,7 @@ from apt_model.optimization.graphs import Graphs, is_plain
 from apt_model.optimization.recompute import Recompute
 from apt_model.optimization.vgpu_stack import VGPUStack
 from apt_model.optimization.wrapped import WrappedForward
+from apt_model.vgpu.blob import set_values
 
 LOG = logging.getLogger(__name__)
 
@@ -165,12 +166,12 @@ class Optimized:
         before = {name: (parameter, parameter.data, parameter.requires_grad) for name, parameter in held.items()}
         home = next(iter(held.values())).device
         for parameter in held.values():
-            parameter.data = parameter.data.to(device.device)
+            set_values(parameter, parameter.data.to(device.device))
         try:
             new = packed_of(module, FP4Config())
         except InputError as error:
             for parameter, data, _ in before.values():
-                parameter.data = data
+                set_values(parameter, data)
             LOG.warning("%s stays as it is: %s", each.name, error.message)
             return None
         plain = isinstance(module, nn.Linear) or is_conv1d(module)
@@ -194,7 +195,7 @@ class Optimized:
                 unpack_experts(new, None)
             for name, (parameter, values, where, grad) in originals.items():
                 assert values is not None
-                parameter.data = values.to(where)
+                set_values(parameter, values.to(where))
                 parameter.requires_grad_(grad)
                 module.register_parameter(name, parameter)
             for parent, name in parents if plain else ():
@@ -206,8 +207,7 @@ class Optimized:
         """Cast and move; what is taken back is the place, and the values that the cast lost."""
         dtype = {"bf16 weights": torch.bfloat16, "fp32 weights": torch.float32}.get(decision.precision)
         cast = castable(model) if dtype is not None else {}
-        state = model.state_dict()
-        lasting = {id(each) for name, each in model.named_buffers() if name in state}
+        lasting = _lasting_buffers(model) if dtype is not None else set()
         kept = []
         for held in dict.fromkeys([*model.parameters(), *model.buffers()]):
             to = dtype if id(held) in cast or (id(held) in lasting and held.dtype == torch.float32) else None
@@ -216,13 +216,13 @@ class Optimized:
             was = (held.device, held.dtype)
             if to is None and not decision.moves:
                 continue
-            held.data = held.data.to(device=device.device if decision.moves else None, dtype=to)
+            set_values(held, held.data.to(device=device.device if decision.moves else None, dtype=to))
             kept.append(_Kept(held, *was, values))
 
         def back() -> None:
             for each in kept:
                 if self._restorable or each.dtype == each.tensor.dtype:
-                    each.tensor.data = each.back()
+                    set_values(each.tensor, each.back())
 
         self._undo.callback(back)
 
@@ -329,6 +329,16 @@ class _WherePlain:
 
 def _uncompile(block: nn.Module) -> None:
     block._compiled_call_impl = None  # noqa: SLF001 - what `compile` sets
+
+
+def _lasting_buffers(model: nn.Module) -> set[int]:
+    """Those that a state dict has, by id."""
+    return {
+        id(buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set  # noqa: SLF001 - nn.Module has no other way to ask
+    }
 
 
 def _input_dtype(model: nn.Module) -> torch.dtype | None:

@@ -40,8 +40,8 @@ class Packed(Packing):
             memory[offset : offset + stored.nbytes].copy_(bytes_of(stored))
 
 
-def set_values(parameter: nn.Parameter, values: Tensor) -> None:
-    """`parameter.data = values`, also from one device to another whose tensors torch takes for another kind.
+def set_values(parameter: Tensor, values: Tensor) -> None:
+    """`parameter.data = values`, of a buffer too, also between devices whose tensors torch takes for other kinds.
 
     It does so for devices that it does not know by itself (Ascend's): there the parameter becomes a new one's content,
     and stays the same object to all that hold it.
@@ -50,7 +50,7 @@ def set_values(parameter: nn.Parameter, values: Tensor) -> None:
         parameter.data = values
         return
     grad, parameter.grad = parameter.grad, None
-    fresh = nn.Parameter(values, parameter.requires_grad)
+    fresh = nn.Parameter(values, parameter.requires_grad) if isinstance(parameter, nn.Parameter) else values.detach()
     vars(fresh).update(vars(parameter))
     fresh.__class__ = type(parameter)
     try:

@@ -389,6 +389,28 @@ def test_the_policy(manager):
         vb.disable()
 
 
+@pytest.mark.parametrize("mode", ["speed", "memory", "full"])
+def test_the_modes_move_a_model_and_give_it_back(manager, mode):
+    model = build(decoder_only=True).eval().requires_grad_(False)
+    model.register_buffer("extra", torch.arange(3.0))
+    before = {name: (id(each), each.clone()) for name, each in [*model.named_parameters(), *model.named_buffers()]}
+    enable = {
+        "speed": vb.enable_speed_mode, "memory": vb.enable_memory_mode, "full": vb.enable_full_optimization,
+    }[mode]  # fmt: skip
+    enable(verbose=False, fp4="on", precision="bf16", compile="off")
+    try:
+        vb.optimize(model)
+        assert {each.device.type for each in [*model.parameters(), *model.buffers()]} == {manager.kind}
+        assert torch.isfinite(model(tokens(2, 9).to(manager.device)).float()).all()
+    finally:
+        vb.disable()
+    after = {name: (id(each), each) for name, each in [*model.named_parameters(), *model.named_buffers()]}
+    assert after.keys() == before.keys()
+    for name, (identity, values) in before.items():
+        assert after[name][0] == identity, name
+        assert torch.equal(after[name][1], values), name
+
+
 def test_triton_is_tried_and_not_believed(manager):
     found = importlib.import_module("apt_model.core.system").triton_works(manager.device)
     assert found.works or found.why
