@@ -24,12 +24,17 @@ def measure(device: Device, dtypes: Sequence[str], path: str | None = None) -> R
         dtypes: of their weights ("BF16" and the like).
         path: a folder on the disk that is measured; None: a temporary one.
     """
-    found, name = rates_of(device, dtypes), _name(device)
-    below = [{"capacity_mb": _LEVELS[1], "device": "cpu"}, {"capacity_mb": _LEVELS[2], "device": "ssd", "path": path}]
-    with LevelStack({"levels": [{"capacity_mb": _LEVELS[0], "device": name}, *below]}) as stack:
-        memory = stack._memory  # noqa: SLF001 - the same package
-        link, disk = link_gbps(memory, device), disk_gbps(memory)
+    found = rates_of(device, dtypes)
+    link, disk = measure_lanes(device, path)
     return dataclasses.replace(found, link_gbps=link, disk_gbps=disk, hook_s=_hook(device))
+
+
+def measure_lanes(device: Device, path: str | None = None) -> tuple[float | None, float | None]:
+    """GB/s of the link to `device` and of the disk, as a stack of a few MB finds them; None where there is no room."""
+    below = [{"capacity_mb": _LEVELS[1], "device": "cpu"}, {"capacity_mb": _LEVELS[2], "device": "ssd", "path": path}]
+    with LevelStack({"levels": [{"capacity_mb": _LEVELS[0], "device": _name(device)}, *below]}) as stack:
+        memory = stack._memory  # noqa: SLF001 - the same package
+        return link_gbps(memory, device), disk_gbps(memory)
 
 
 def _name(device: Device) -> str:

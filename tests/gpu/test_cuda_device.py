@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -30,6 +32,10 @@ def test_it_is_found_and_one_too_many_is_not():
         get_device(f"cuda:{count}")
 
 
+@pytest.mark.skipif(
+    int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1,
+    reason="needs the GPU's memory to itself: run this file without -n",
+)
 @pytest.mark.parametrize("spec", ["auto", "cuda:0"])
 def test_memory_is_what_torch_and_the_driver_say(spec):
     device = get_device_manager(spec)

@@ -16,9 +16,11 @@ pytestmark = [
 
 
 def test_the_suite_passes(tmp_path):
+    # It is a run of its own, whatever runs this one: pytest-xdist's settings are not for it.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/devices/test_suite.py"]
     done = subprocess.run(
         [*command, f"--basetemp={tmp_path / 'suite'}"],
-        cwd=ROOT, env={**os.environ, "APT_SUITE_DEVICE": "cuda"}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**inherited, "APT_SUITE_DEVICE": "cuda"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
