@@ -1,6 +1,5 @@
 """What a mode does to a model on this machine, and why: decided before anything is changed."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,9 @@ from apt_model.core.system.device import Device
 from apt_model.layers.packed import PackedModule
 from apt_model.ops import HAS_TRITON
 from apt_model.optimization.blocks import blocks_of
-from apt_model.optimization.convert_plan import Candidate, make_plan
-from apt_model.optimization.fp4_config import FP4Config, size_text
-from apt_model.optimization.product_speed import ROWS, speed_up, worth
+from apt_model.optimization.convert_plan import Candidate
+from apt_model.optimization.four_bits import FourBits, Group
+from apt_model.optimization.fp4_config import size_text
 
 MB = 10**6
 # Of a free memory, what weights may take; the rest is for activations, and on the host for everybody else.
@@ -26,20 +25,6 @@ OF_DEVICE, OF_HOST = 0.7, 0.8
 # Beyond its parts' bytes, what a level needs for their alignment.
 _SLACK = 1.02
 _NVFP4_BYTES = 0.5625
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers of one place in the blocks, of one shape."""
-
-    name: str
-    """With * for numbers."""
-    count: int
-    kind: str
-    shape: tuple[int, ...]
-    nbytes: int
-    treatment: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +89,10 @@ class _Deciding:
 
     def decide(self) -> Decision:
         precision = self._precision()
-        chosen, groups = self._fp4()
+        layers = FourBits(self.model, self.policy, self.device, fast=self.fast, dtype=self.dtype)
+        chosen, groups = layers.choose(compiles=self._may_compile()[0])
+        if layers.why_none:
+            self.steps.append(("4 bits", "none", layers.why_none))
         nbytes = self._bytes_after(chosen)
         levels = self._levels(nbytes)
         moves = not levels and self.policy.mode != "balanced"
@@ -138,46 +126,6 @@ class _Deciding:
             found, self.dtype = ("fp32 weights", torch.float32) if self.policy.precision == "fp32" else ("fp32", None)
         self.steps.append(("precision", found, why))
         return found
-
-    def _fp4(self) -> tuple[list[Candidate], list[Group]]:
-        plan = make_plan(self.model, FP4Config())
-        taken, groups = [], {}  # type: list[Candidate], dict[tuple[Any, ...], list[Any]]
-        for each in plan:
-            takes, why = self._takes(each)
-            if takes:
-                taken.append(each)
-            shape = tuple(each.module.get_parameter(each.weights[0]).shape)
-            name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", each.name)
-            key = (name, type(each.module).__name__, shape, takes, why)
-            groups.setdefault(key, []).append(each.skipped().size)
-        return taken, [
-            Group(name or "the model", len(sizes), kind, shape, sum(sizes), "nvfp4" if takes else "as it is", why)
-            for (name, kind, shape, takes, why), sizes in groups.items()
-        ]
-
-    def _takes(self, each: Candidate) -> tuple[bool, str]:
-        """Whether a layer is put into 4 bits, and why."""
-        held = [each.module.get_parameter(name) for name in each.weights]
-        if each.asked or each.fault:
-            return False, each.fault or f"{each.asked} is left by default"
-        if not each.name:
-            return False, "it is the model itself"
-        if self.policy.fp4 != "auto":
-            return self.policy.fp4 == "on", "asked for"
-        if self.fast:
-            return self._measured(held[0])
-        if self.policy.mode == "balanced":
-            return False, "balanced keeps full precision"
-        if any(parameter.requires_grad for parameter in held):
-            return False, "it is trainable"
-        return True, "it is frozen"
-
-    def _measured(self, weight: nn.Parameter) -> tuple[bool, str]:
-        if weight.is_meta or weight.dim() != 2:
-            return False, "experts are not measured" if weight.dim() == 3 else "it has no values"
-        ratios = speed_up(self.device, self.dtype or weight.dtype, tuple(weight.shape), "nvfp4")
-        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        return worth(ratios), f"{shown} times as fast in 4 bits, measured at {', '.join(map(str, ROWS))} rows"
 
     def _bytes_after(self, chosen: list[Candidate]) -> int:
         packed = {
@@ -247,19 +195,21 @@ class _Deciding:
         self.steps.append(("recompute", {"auto": "if needed"}.get(asked, asked), why))
         return asked
 
-    def _compile(self, *, packed: bool) -> bool:
-        asked = self.policy.compile
+    def _may_compile(self) -> tuple[bool, str]:
+        """Whether blocks without 4-bit layers are compiled, and why."""
         if self.training:
-            on, why = False, "only in inference"
-        elif asked != "auto":
-            on, why = asked == "on", "asked for"
-        elif not self.fast:
-            on, why = False, f"not in {self.policy.mode} mode"
-        elif packed:
+            return False, "only in inference"
+        if self.policy.compile != "auto":
+            return self.policy.compile == "on", "asked for"
+        if not self.fast:
+            return False, f"not in {self.policy.mode} mode"
+        on = isinstance(self.device, CudaDevice) and HAS_TRITON
+        return on, "Triton is there" if on else f"no Triton for {self.device.kind}"
+
+    def _compile(self, *, packed: bool) -> bool:
+        on, why = self._may_compile()
+        if on and packed and self.policy.compile == "auto":
             on, why = False, "4-bit layers would be compiled anew for each block"
-        else:
-            on = isinstance(self.device, CudaDevice) and HAS_TRITON
-            why = "Triton is there" if on else f"no Triton for {self.device.kind}"
         count = len(blocks_of(self.model))
         self.steps.append(("torch.compile", f"{count} blocks" if on else "off", why))
         return on

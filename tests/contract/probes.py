@@ -34,9 +34,10 @@ from apt_model.modeling.apt_model import APTModel
 from apt_model.modeling.generation_config import GenerationConfig
 from apt_model.modeling.tokenizer import Tokenizer
 from apt_model.ops.fp4 import FP8_ROWS
-from apt_model.optimization import decision
+from apt_model.optimization import decision, four_bits
 from apt_model.optimization.convert import quantize
 from apt_model.optimization.fp4_config import FP4Config
+from apt_model.optimization.product_speed import Speed
 from apt_model.trainer.config import DataConfig, GradientConfig, TrainConfig
 from apt_model.trainer.corpus import read_corpus
 from apt_model.trainer.data import load_or_train_tokenizer, make_data
@@ -456,7 +457,7 @@ def decided(options: Options) -> Any:
         mock.patch.object(CudaDevice, "supports_bf16", return_value=True),
         mock.patch.object(CudaDevice, "free_memory", return_value=2**30),
         mock.patch.object(CpuDevice, "free_memory", return_value=2**30),
-        mock.patch.object(decision, "speed_up", return_value=(2.0, 2.0, 2.0)),
+        mock.patch.object(four_bits, "speed_of", return_value=Speed((1.0,) * 3, (0.5,) * 3)),
         mock.patch.object(decision, "HAS_TRITON", new=True),
     ):
         found = decision.decide(model, Policy(**options), gpu)

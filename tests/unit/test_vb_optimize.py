@@ -17,7 +17,7 @@ from apt_model.core.errors import CapacityError, ConfigError
 from apt_model.core.policy import Policy
 from apt_model.core.system.cpu import CpuDevice
 from apt_model.layers.fp4_linear import FusedFP4Linear
-from apt_model.optimization import decision, product_speed
+from apt_model.optimization import four_bits, product_speed
 from apt_model.optimization.blocks import blocks_of
 from apt_model.optimization.decision import decide
 
@@ -365,12 +365,30 @@ def test_blocks_are_those_of_the_outermost_lists():
     assert blocks_of(shared) == [model.lm_head]
 
 
+class Writing(Tower):
+    """A model that generates."""
+
+    def generate(self):
+        """Of no interest here."""
+
+
+UP, DOWN = (2 * WIDTH, WIDTH), (WIDTH, 2 * WIDTH)
+
+
+def measured(monkeypatch, said):
+    """Products in 4 bits are as many times as fast as `said` for each shape, and take a second otherwise."""
+
+    def speed(_device, _dtype, shape, _form, rows):
+        assert len(rows) == len(said[shape])
+        return product_speed.Speed((1.0,) * len(rows), tuple(1 / ratio for ratio in said[shape]))
+
+    monkeypatch.setattr(four_bits, "speed_of", speed)
+    return speed
+
+
 def test_measured_layers_are_taken_where_they_win(monkeypatch):
-    said = {(2 * WIDTH, WIDTH): (2.0, 1.5, 1.0), (WIDTH, 2 * WIDTH): (3.0, 2.0, 0.5)}
-    monkeypatch.setattr(decision, "speed_up", lambda _device, _dtype, shape, _form: said[shape])
-    vb.enable_speed_mode(verbose=False)
-    model = Tower().eval()
-    found = decide(model, Policy(mode="speed"), CpuDevice())
+    measured(monkeypatch, {UP: (2.0, 1.5, 1.0), DOWN: (3.0, 2.0, 0.5)})
+    found = decide(Writing().eval(), Policy(mode="speed"), CpuDevice())
     assert {each.name for each in found.quantized} == {f"blocks.{number}.up" for number in range(4)}
     groups = {group.name: group for group in found.groups}
     assert groups["blocks.*.up"].treatment == "nvfp4"
@@ -380,15 +398,41 @@ def test_measured_layers_are_taken_where_they_win(monkeypatch):
     assert groups["lm_head"].reason == "lm_head is left by default"
 
 
+@pytest.mark.parametrize(
+    ("up", "down", "compiles", "taken"),
+    [((1.5, 1.3), (1.5, 1.3), "auto", 8), ((2.0, 1.1), (1.0, 1.0), "auto", 4), ((2.0, 1.6), (1.0, 1.0), "on", 4),
+     ((2.0, 1.1), (1.0, 1.0), "on", 0), ((2.0, 1.1), (1.0, 1.0), "off", 4)],
+)  # fmt: skip
+def test_a_model_that_reads_is_in_4_bits_where_that_gains_more_than_compiling(monkeypatch, up, down, compiles, taken):
+    # On a CPU blocks are compiled only where that is asked for.
+    measured(monkeypatch, {UP: up, DOWN: down})
+    found = decide(Tower().eval(), Policy(mode="speed", compile=compiles), CpuDevice())
+    assert len(found.quantized) == taken
+    assert ("4 bits" in {what for what, _, _ in found.steps}) == (taken == 0)
+    if taken == 0:
+        assert "1.33, 1.05 times as fast in all with 4 of 8 layers, measured at 128, 1024 rows" in str(found)
+    assert found.compiles == (compiles == "on")
+
+
+def test_what_transformers_says_of_generating_counts(monkeypatch):
+    measured(monkeypatch, {UP: (2.0, 2.0), DOWN: (2.0, 2.0)})  # two rows: it reads
+    model = Writing().eval()
+    model.can_generate = lambda: False
+    assert len(decide(model, Policy(mode="speed"), CpuDevice()).quantized) == 8
+
+
 def test_the_speed_of_a_layer_is_measured_once(monkeypatch):
     monkeypatch.setattr(product_speed, "_measured", {})
     runs = []
     seconds = product_speed.Stopwatch.gpu
     monkeypatch.setattr(product_speed.Stopwatch, "gpu", lambda *works: runs.append(1) or seconds(*works))
-    first = product_speed.speed_up(CpuDevice(), torch.float32, (48, 32), "nvfp4")
-    assert product_speed.speed_up(CpuDevice(), torch.float32, (48, 32), "nvfp4") == first
-    assert len(runs) == 2 * len(product_speed.ROWS)
-    assert all(ratio > 0 for ratio in first)
+    asked = (CpuDevice(), torch.float32, (48, 32), "nvfp4", (1, 3))
+    first = product_speed.speed_of(*asked)
+    assert product_speed.speed_of(*asked) == first
+    assert len(runs) == 2 * 2
+    assert all(ratio > 0 for ratio in first.ratios)
+    product_speed.speed_of(*asked[:-1], (1,))
+    assert len(runs) == 2 * 3
 
 
 @pytest.mark.parametrize(("ratios", "taken"), [((2, 1.5, 1), True), ((1, 1, 1), False), ((9, 9, 0.9), False)])
