@@ -73,17 +73,22 @@ class Message:
     """Of an answer."""
 
 
-def encode_request(message: Message) -> tuple[list[Buffer], int]:
-    """The parts of a request's body, JSON first, and the length of that. Tensors' bytes are not copied."""
-    head: dict[str, Any] = {
-        "inputs": [_described(each) for each in message.tensors],
-        "parameters": {**message.parameters, "binary_data_output": message.binary},
-    }
+def encode_request(message: Message, *, plain: bool = False) -> tuple[list[Buffer], int]:
+    """The parts of a request's body, JSON first, and the length of that. Tensors' bytes are not copied.
+
+    Args:
+        message: what is asked.
+        plain: all in JSON, without a word of the extension: for servers that do not have it.
+    """
+    parameters = {**message.parameters} if plain else {**message.parameters, "binary_data_output": message.binary}
+    head: dict[str, Any] = {"inputs": [(_in_json if plain else _described)(each) for each in message.tensors]}
+    if parameters:
+        head["parameters"] = parameters
     if message.id is not None:
         head["id"] = message.id
     if message.wanted:
         head["outputs"] = [{"name": name} for name in message.wanted]
-    return _parts(head, message.tensors)
+    return _parts(head, () if plain else message.tensors)
 
 
 def encode_response(message: Message) -> tuple[list[Buffer], int]:
@@ -98,10 +103,7 @@ def encode_response(message: Message) -> tuple[list[Buffer], int]:
     if message.binary:
         head["outputs"] = [_described(each) for each in message.tensors]
         return _parts(head, message.tensors)
-    head["outputs"] = [
-        {"name": each.name, "datatype": each.datatype, "shape": list(each.shape), "data": numbers_of(each)}
-        for each in message.tensors
-    ]
+    head["outputs"] = [_in_json(each) for each in message.tensors]
     return _parts(head, ())
 
 
@@ -156,6 +158,12 @@ def _described(tensor: WireTensor) -> dict[str, Any]:
     return {
         "name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape),
         "parameters": {"binary_data_size": memoryview(tensor.data).nbytes},
+    }  # fmt: skip
+
+
+def _in_json(tensor: WireTensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape), "data": numbers_of(tensor)
     }  # fmt: skip
 
 
