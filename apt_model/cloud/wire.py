@@ -119,12 +119,13 @@ def decode_request(body: Buffer, json_length: int | None, limits: Limits) -> Mes
         WireError: what was expected, and what came.
     """
     head, rest = _split(body, json_length, limits)
-    parameters = _object(head.get("parameters", {}), "parameters")
-    outputs = [_object(each, "an output") for each in _array(head.get("outputs", []), "outputs", limits)]
+    parameters = _parameters(head)
+    asked = head.get("outputs")
+    outputs = [_object(each, "an output") for each in _array([] if asked is None else asked, "outputs", limits)]
     wanted = tuple(_name(each, limits) for each in outputs)
     binary = parameters.get("binary_data_output", False)
     # An output's own wish comes first; an answer is all bytes or all JSON.
-    wishes = [_object(each.get("parameters", {}), "parameters").get("binary_data", binary) for each in outputs]
+    wishes = [_parameters(each).get("binary_data", binary) for each in outputs]
     return Message(
         tensors=_tensors(head, "inputs", rest, limits), id=_text(head, "id"), wanted=wanted,
         binary=all(wish is True for wish in wishes or [binary]),
@@ -137,7 +138,7 @@ def decode_response(body: Buffer, json_length: int | None, limits: Limits) -> Me
     head, rest = _split(body, json_length, limits)
     return Message(
         tensors=_tensors(head, "outputs", rest, limits), id=_text(head, "id"), model=_text(head, "model_name"),
-        version=_text(head, "model_version"), parameters=_object(head.get("parameters", {}), "parameters"),
+        version=_text(head, "model_version"), parameters=_parameters(head),
     )  # fmt: skip
 
 
@@ -220,7 +221,7 @@ def _each_tensor(entries: Iterable[Any], rest: memoryview, limits: Limits) -> It
             raise WireError(f"{name}: expected a datatype of {', '.join(SIZES)}, got {datatype!r}"[:300])
         shape = _shape(about.get("shape"), name, limits)
         nbytes = math.prod(shape) * SIZES[datatype]
-        size = _object(about.get("parameters", {}), "parameters").get("binary_data_size")
+        size = _parameters(about).get("binary_data_size")
         if size is None:
             yield WireTensor(name, datatype, shape, _from_numbers(about.get("data"), name, datatype, shape)), False
             continue
@@ -292,6 +293,11 @@ def _object(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WireError(f"expected {what} to be a JSON object, got {type(value).__name__}")
     return value
+
+
+def _parameters(about: Mapping[str, Any]) -> dict[str, Any]:
+    found = about.get("parameters")
+    return {} if found is None else _object(found, "parameters")  # KServe's server says null where there are none
 
 
 def _array(value: Any, what: str, limits: Limits) -> list[Any]:
