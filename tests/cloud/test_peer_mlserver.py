@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,11 @@ def test_it_refuses_binary_tensors_and_does_not_say_that_it_has_them(port):
     path = f"/v2/models/apt-linear/versions/{version_of(linear(torch.float32, 0))}/infer"
     assert over_http(port, "POST", path, body, headers)[0] == 422
     assert json.loads(over_http(port, "GET", "/v2")[2])["extensions"] == []
+
+
+def test_the_description_that_we_keep_is_the_one_that_it_ships():
+    (shipped,) = (python_of("mlserver").parents[1] / "lib").glob("*/site-packages/mlserver/rest/openapi/dataplane.json")
+    assert shipped.read_bytes() == (Path(__file__).parent / "peers" / "dataplane.json").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
