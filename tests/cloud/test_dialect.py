@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from clouds import counts, reference
+from clouds import counts, in_process, reference
 
 from apt_model.cloud.backend import OIPBackend
 from apt_model.cloud.client import Client, Retry
 from apt_model.cloud.dialect import Dialect
-from apt_model.cloud.fake import Answer, asgi, in_json, refusal
+from apt_model.cloud.fake import Answer, FakeServer, asgi, in_json, refusal
 from apt_model.cloud.tensors import Weights
 from apt_model.cloud.transport import InProcess
 from apt_model.core.errors import CloudError, RefusedError, WireError
@@ -50,6 +50,20 @@ class Plain:
         return in_json(self.change({"model_name": "m", "id": message["id"], "outputs": [output]}))
 
 
+class Bytes(FakeServer):
+    """Another's server with binary tensors, such as Triton: no limits of ours, no repository."""
+
+    def answer(self, method, path, headers, body):
+        if path == "/v2":
+            self.requests.append((method, path, headers, 0))
+            return in_json({"name": "bytes", "version": "2", "extensions": ["binary_tensor_data"]})
+        held = [f"/v2/models/{model}/versions/{version}/ready" for model, version in self.held]
+        if path.startswith("/v2/models") and path.endswith("/ready"):
+            return Answer(200) if path in held else refusal(404, "unknown")
+        assert "repository" not in path
+        return super().answer(method, path, headers, body)
+
+
 @contextmanager
 def connected(dtype=torch.float32, **options):
     """A layer on such a server, and the server."""
@@ -81,6 +95,26 @@ def test_a_forward_in_json(versions, dtype, datatype):
         assert len(asked) == 4 + 1 + versions  # /v2, ready, where it is, and two forwards
         assert not [path for path in asked if "repository" in path]
         assert backend.health().why == "plain 1, in JSON: it does not say that it has binary_tensor_data"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_forward_in_bytes_on_another_server(dtype):
+    fake = Bytes()
+    layer = torch.nn.Linear(8, 6, dtype=dtype)
+    with in_process(fake) as backend:
+        made = CloudNPULinear.from_linear(layer, cloud_backend=backend, fallback_local=False)
+        x = torch.randn(3, 8, dtype=dtype)
+        with pytest.raises(RefusedError, match="neither version"):
+            made(x)
+        fake.hold(Weights(kind="linear", config={}, tensors=layer.state_dict()))
+        assert torch.equal(made(x), reference(layer, x))
+        path, headers = fake.requests[-1][1:3]
+        assert path.endswith("/infer")
+        assert int(headers["inference-header-content-length"]) + x.nbytes == fake.requests[-1][3]
+        strange = CloudNPULinear.from_linear(layer, cloud_backend=backend, fallback_local=False, wire="int8g64")
+        with pytest.raises(RefusedError, match="does not know wire"):
+            strange(x)
 
 
 @torch.no_grad()
