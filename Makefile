@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare test check format clean
+.PHONY: demo compare test peers check format clean
 
 # Set up, train the tiny preset on this Python's own library, evaluate on held-out files, write some text.
 demo: .venv/.installed-plot
@@ -17,6 +17,16 @@ compare: .venv/.installed-plot
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# Independent servers and clients of the protocol, each in an environment of its own, and the tests that need them.
+peers: .venv/.installed-dev .peers-mlserver/.installed .peers-kserve/.installed
+	$(BIN)/python -m pytest -q tests/cloud/test_peer_mlserver.py tests/cloud/test_peer_kserve.py
+
+.peers-%/.installed: tests/cloud/peers/%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 # Format, lint, types, layers and the fast tests.
 check: .venv/.installed-dev
@@ -33,4 +43,4 @@ format: .venv/.installed-dev
 	$(PYTHON) scripts/setup.py --extras $*
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .peers-* runs

@@ -4,7 +4,6 @@ import math
 import os
 import threading
 import time
-import uuid
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,15 +17,14 @@ from typing_extensions import Self
 from apt_model.cloud import wire
 from apt_model.cloud.client import Client, Endpoint, Tally, parsed
 from apt_model.cloud.deadline import Clock, Deadline
-from apt_model.cloud.int8g64 import GROUP
+from apt_model.cloud.dialect import EXTENSION, Dialect, Inference, find_path, path_of
 from apt_model.cloud.providers.table import RULES, Rules
-from apt_model.cloud.tensors import Weights, from_wire, to_wire
-from apt_model.cloud.transport import OVERHEAD, Request, Transport
-from apt_model.core.errors import CloudError, ConfigError, RefusedError, WireError
+from apt_model.cloud.tensors import Weights
+from apt_model.cloud.transport import Request, Transport
+from apt_model.core.errors import CloudError, ConfigError, RefusedError
 
 _HEALTHY_FOR = 30.0  # seconds that an answer about health is believed
 _PROBE = 5.0
-_EXTENSION = "binary_tensor_data"
 _JSON = 4096  # bytes that are kept free for a request's JSON and a gateway's headers
 
 
@@ -85,10 +83,10 @@ class CloudBackend(ABC):
 
 
 class OIPBackend(CloudBackend):
-    """A server of the Open Inference Protocol v2 with binary tensors, that holds weights of ours.
+    """A server of the Open Inference Protocol v2 that holds weights of ours: `apt-model serve`, or another's.
 
     Args:
-        transports: the endpoint and its replicas, the preferred one first.
+        transports: the endpoint and its replicas, which are of one kind, the preferred one first.
         name: as `get_backend` takes it.
         rules: of the gateway before it.
         client: that asks; None is made of `transports`.
@@ -110,6 +108,8 @@ class OIPBackend(CloudBackend):
         self._clock = clock
         self._health: tuple[float, Health] | None = None
         self._held: set[tuple[str, str]] = set()
+        self._dialect: Dialect | None = None
+        self._paths: dict[tuple[str, str], str] = {}
         self._pushing = threading.Lock()
         _alive.add(self)
 
@@ -132,6 +132,20 @@ class OIPBackend(CloudBackend):
             "breakers": [each.breaker.state for each in self.client.endpoints],
         }  # fmt: skip
 
+    def dialect(self, deadline: Deadline, *, tally: Tally | None = None, patience: float = math.inf) -> Dialect:
+        """How its server is spoken to: what it said when it was last asked; asked again where it never answered.
+
+        Raises:
+            CloudError: as `Client.ask`.
+        """
+        if self._dialect is None and self._health is None:
+            self.health()
+        if self._dialect is None:
+            request = Request(method="GET", path="/v2")
+            response = self.client.ask(request, deadline, tally=tally, patience=patience)
+            self._dialect = Dialect.of(parsed(response, self.name)) if response.status == 200 else Dialect()
+        return self._dialect
+
     def limits(self) -> tuple[int, int]:
         """The largest request's and answer's body, in bytes: the gateway's and the server's own, as it said once."""
         known = self._health[1] if self._health else self.health()
@@ -147,6 +161,8 @@ class OIPBackend(CloudBackend):
     def push(self, weights: Weights, *, deadline_s: float = 300.0, again: bool = False) -> int:
         """Make the server hold `weights`: bytes that were sent, 0 where it holds them already.
 
+        A server that is not `apt-model serve` takes none; it is asked whether it holds them.
+
         Args:
             weights: what it is to hold.
             deadline_s: seconds for all of it.
@@ -157,6 +173,11 @@ class OIPBackend(CloudBackend):
             return 0
         with self._pushing:
             if key in self._held and not again:
+                return 0
+            if not self.dialect(Deadline(min(deadline_s, _PROBE))).own:
+                self._paths.pop(key, None)
+                self._found(key, Deadline(min(deadline_s, _PROBE)), None, math.inf)
+                self._held.add(key)
                 return 0
             sent, faults = 0, []
             for endpoint in self.client.endpoints:
@@ -198,33 +219,26 @@ class OIPBackend(CloudBackend):
         Raises:
             CloudError: as `Client.ask`; `RefusedError` where the server does not hold the weights.
         """
-        message = wire.Message(
-            tensors=tuple(to_wire(name, tensor) for name, tensor in inputs.items()),
-            id=identity or uuid.uuid4().hex, parameters=dict(parameters or {}), wanted=tuple(outputs),
+        dialect = self.dialect(deadline, tally=tally, patience=patience)
+        if parameters and not dialect.own:
+            raise RefusedError(
+                f"{self.name}: its server is not apt-model serve and does not know {', '.join(parameters)}",
+                remedy='wire="exact"',
+            )
+        key = (weights.model + suffix, weights.version)
+        path = path_of(*key) if dialect.own else self._found(key, deadline, tally, patience)
+        asked = Inference.of(
+            path, inputs, outputs, dialect=dialect, parameters=parameters or {}, identity=identity
         )  # fmt: skip
-        parts, length = wire.encode_request(message)
-        # int8g64 may come in whole groups.
-        expected = sum(
-            (math.prod(shape) + GROUP * math.prod(shape[:-1])) * dtype.itemsize for dtype, shape in outputs.values()
-        )
-        request = Request(
-            method="POST", path=f"/v2/models/{weights.model}{suffix}/versions/{weights.version}/infer",
-            headers={"Content-Type": "application/octet-stream", wire.HEADER_LENGTH: str(length)},
-            parts=parts, most=expected + OVERHEAD,
-        )  # fmt: skip
-        response = self.client.ask(request, deadline, tally=tally, patience=patience)
+        response = self.client.ask(asked.request, deadline, tally=tally, patience=patience)
         if response.status == 404:
             self._held.discard((weights.model, weights.version))
+            self._paths.pop(key, None)
             raise RefusedError(
                 f"{self.name} does not hold {weights.model}{suffix} {weights.version}",
                 remedy="apt-model cloud push, or let the layer push its weights (push=True)",
             )
-        limits = wire.Limits(body_bytes=request.most, json_bytes=OVERHEAD)
-        answer = wire.decode_response(response.body, _json_length(response.headers), limits)
-        if answer.id not in (None, message.id):
-            raise WireError(f"{self.name}: expected the answer to {message.id}, got another request's")
-        found = {each.name: each for each in answer.tensors}
-        return {name: from_wire(found, name, dtype, shape) for name, (dtype, shape) in outputs.items()}
+        return asked.read(response, self.name)
 
     def holds(self, weights: Weights) -> bool:
         """Whether the server is known to hold `weights`; asks nobody."""
@@ -238,6 +252,14 @@ class OIPBackend(CloudBackend):
         """In a forked child: locks that another thread held at that moment are free."""
         self._pushing = threading.Lock()
         self.client.renew()
+
+    def _found(self, key: tuple[str, str], deadline: Deadline, tally: Tally | None, patience: float) -> str:
+        """Where a server that is not ours holds a model of that version."""
+        path = self._paths.get(key)
+        if path is None:
+            path = find_path(self.client, *key, deadline, tally=tally, patience=patience)
+            self._paths[key] = path
+        return path
 
     def _push_to(self, endpoint: Endpoint, weights: Weights, deadline: Deadline) -> int:
         path = f"/v2/repository/models/{weights.model}/versions/{weights.version}"
@@ -266,17 +288,18 @@ class OIPBackend(CloudBackend):
             if response.status != 200:
                 return Health(ok=False, why=f"/v2 answers {response.status}: no server of the Open Inference Protocol")
             about = parsed(response, self.name)
+            self._dialect = dialect = Dialect.of(about)
             ready = self.client.ask(Request(method="GET", path="/v2/health/ready"), deadline, patience=0.0)
         except (CloudError, ConfigError) as error:
             return Health(ok=False, why=error.message)
-        if _EXTENSION not in (about.get("extensions") or ()):
-            return Health(ok=False, why=f"its server does not have the extension {_EXTENSION}")
         if ready.status != 200:
             return Health(ok=False, why=f"/v2/health/ready answers {ready.status}: it is not ready")
         said = about.get("limits")
         limits: Mapping[str, Any] = said if isinstance(said, Mapping) else {}
         return Health(
-            ok=True, why=f"{about.get('name', 'a server')} {about.get('version', '')}".strip()[:80],
+            ok=True,
+            why=f"{about.get('name', 'a server')} {about.get('version', '')}".strip()[:80]
+            + ("" if dialect.binary else f", in JSON: it does not say that it has {EXTENSION}"),
             seconds=time.perf_counter() - started,
             max_body=_count(limits.get("max_body")), max_inflight=_count(limits.get("max_inflight")),
             max_upload=0 if limits.get("max_upload") == 0 else _count(limits.get("max_upload")),
@@ -305,15 +328,6 @@ def _renew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
-
-
-def _json_length(headers: Mapping[str, str]) -> int | None:
-    value = headers.get(wire.HEADER_LENGTH.lower())
-    if value is None:
-        return None
-    if not value.isascii() or not value.isdigit() or len(value) > 12:
-        raise WireError(f"expected {wire.HEADER_LENGTH} to be a number, got something else")
-    return int(value)
 
 
 def _count(value: Any) -> int | None:

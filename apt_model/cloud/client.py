@@ -24,6 +24,8 @@ from apt_model.core.errors import CloudError, DeadlineError, RefusedError, WireE
 DEADLINE_HEADER = "X-Apt-Deadline-Ms"
 _BUSY = (204, 408, 425, 429, 503)
 """Answers of a server that is alive and may do it later; RunPod's workers say 204 while they load."""
+_NEVER = 501
+"""Not implemented: the one of the server's errors that is its last word."""
 _LONGEST_WAIT = 120.0  # of what a server may ask for
 _SAMPLES = 128
 _ENOUGH = 8
@@ -243,7 +245,7 @@ class Client:
             breaker.give_up()
             raise
         tally.add(received=len(response.body))
-        if response.status >= 500 and response.status != 503:
+        if response.status >= 500 and response.status not in (_NEVER, 503):
             breaker.failure(severe=response.status in (504, 524))
         else:
             breaker.success()
@@ -269,7 +271,7 @@ def _refusal(endpoint: Endpoint, response: Response) -> CloudError:
     said = endpoint.transport.redact(_said(response))
     name, status = endpoint.transport.name, response.status
     words = f"{name} answers {status}{f': {said[:300]}' if said else ''}"
-    if status in _BUSY or status >= 500:
+    if status in _BUSY or (status >= 500 and status != _NEVER):
         return CloudError(words)
     return RefusedError(words, remedy=_REMEDIES.get(status))
 
@@ -278,7 +280,8 @@ def _said(response: Response) -> str:
     """The server's words, on one line, without anything a terminal obeys."""
     try:
         found: Any = json.loads(bytes(response.body[:65536]))
-        text = found.get("error", "") if isinstance(found, Mapping) else ""
+        # FastAPI's servers refuse with "detail" what is no request at all.
+        text = found.get("error", found.get("detail", "")) if isinstance(found, Mapping) else ""
     except (ValueError, RecursionError):
         text = bytes(response.body[:1000]).decode("utf-8", "replace")
     return "".join(letter if letter.isprintable() else " " for letter in str(text))

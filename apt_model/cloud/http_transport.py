@@ -23,6 +23,9 @@ from apt_model.core.errors import CloudError, ConfigError, DeadlineError, Refuse
 _IDLE = 30.0  # seconds after which a connection is not trusted to be open any more
 _KEPT = 16
 _PIECE = 1 << 20  # what is written to TLS at once, so that the deadline is seen between
+_NAMES = "give the address that the certificate is for, or have one issued for this name"
+_CERTIFICATES = {62: _NAMES, 64: _NAMES, 9: "see that this machine's clock is right", 10: "renew it, or set the clock"}
+"""What to do, by OpenSSL's number: another host's name or address, not yet valid, expired."""
 _GONE = (ConnectionError, http.client.RemoteDisconnected)
 
 
@@ -203,7 +206,11 @@ class HttpTransport:
         if isinstance(error, ssl.SSLCertVerificationError):
             return RefusedError(
                 f"{self.name}: its certificate cannot be trusted: {error.verify_message}",
-                remedy="see that the address is right; a private authority's certificate goes into SSL_CERT_FILE",
+                remedy=_CERTIFICATES.get(
+                    error.verify_code,
+                    "see that the address is right; the certificate of a private authority goes into a file that "
+                    "SSL_CERT_FILE names",
+                ),
             )
         if isinstance(error, http.client.HTTPException | ValueError):
             return WireError(f"{self.name}: what it answers is no HTTP: {type(error).__name__}")

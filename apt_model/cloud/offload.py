@@ -14,6 +14,7 @@ from torch import Tensor
 from apt_model.cloud.backend import CloudBackend, OIPBackend, rows_that_fit
 from apt_model.cloud.client import Tally
 from apt_model.cloud.deadline import Deadline
+from apt_model.cloud.dialect import Dialect
 from apt_model.cloud.int8g64 import GROUP, WIRES, pack, unpack
 from apt_model.cloud.stats import Stats
 from apt_model.cloud.tensors import ACTIVATIONS, Weights
@@ -145,11 +146,12 @@ class Offload:
         backend = self.tensors
         assert backend is not None
         self._give(weights, tally)
-        lead = next(iter(inputs.values()))
-        request_row = sum(self._row_bytes(each.shape[1:], each.dtype) for each in inputs.values())
-        answer_row = self._row_bytes(output.rest, lead.dtype)
+        lead, deadline = next(iter(inputs.values())), Deadline(self.deadline_s)
+        dialect = backend.dialect(deadline, tally=tally, patience=self._patience)
+        request_row = sum(self._row_bytes(each.shape[1:], each.dtype, dialect) for each in inputs.values())
+        answer_row = self._row_bytes(output.rest, lead.dtype, dialect)
         step = rows_that_fit(backend.limits(), request_row, answer_row, self.who)
-        call = _Call(backend, weights, suffix, output, Deadline(self.deadline_s), uuid.uuid4().hex, tally)
+        call = _Call(backend, weights, suffix, output, deadline, uuid.uuid4().hex, tally)
         if step >= len(lead):
             return self._ask_chunk(call, inputs)
         chunks = []
@@ -186,7 +188,7 @@ class Offload:
             return call.backend.infer(
                 call.weights, sent, wanted, deadline=call.deadline, suffix=call.suffix, identity=call.identity,
                 tally=call.tally, parameters={} if self.wire == "exact" else {"wire": self.wire},
-                patience=min(_PATIENCE, self.deadline_s) if self.fallback_local else math.inf,
+                patience=self._patience,
             )  # fmt: skip
 
         try:
@@ -207,10 +209,15 @@ class Offload:
             tally.aside += time.perf_counter() - started
             self.stats.add("bytes_pushed", sent)
 
-    def _row_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+    @property
+    def _patience(self) -> float:
+        """Seconds that a busy server is waited for."""
+        return min(_PATIENCE, self.deadline_s) if self.fallback_local else math.inf
+
+    def _row_bytes(self, shape: Sequence[int], dtype: torch.dtype, dialect: Dialect) -> int:
         count = math.prod(shape)
         if self.wire == "exact" or not shape or not dtype.is_floating_point:
-            return count * dtype.itemsize
+            return count * dialect.nbytes(dtype)
         groups = -(-shape[-1] // GROUP)
         return math.prod(shape[:-1]) * groups * (GROUP + 2)
 

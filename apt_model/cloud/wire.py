@@ -73,17 +73,22 @@ class Message:
     """Of an answer."""
 
 
-def encode_request(message: Message) -> tuple[list[Buffer], int]:
-    """The parts of a request's body, JSON first, and the length of that. Tensors' bytes are not copied."""
-    head: dict[str, Any] = {
-        "inputs": [_described(each) for each in message.tensors],
-        "parameters": {**message.parameters, "binary_data_output": message.binary},
-    }
+def encode_request(message: Message, *, plain: bool = False) -> tuple[list[Buffer], int]:
+    """The parts of a request's body, JSON first, and the length of that. Tensors' bytes are not copied.
+
+    Args:
+        message: what is asked.
+        plain: all in JSON, without a word of the extension: for servers that do not have it.
+    """
+    parameters = {**message.parameters} if plain else {**message.parameters, "binary_data_output": message.binary}
+    head: dict[str, Any] = {"inputs": [(_in_json if plain else _described)(each) for each in message.tensors]}
+    if parameters:
+        head["parameters"] = parameters
     if message.id is not None:
         head["id"] = message.id
     if message.wanted:
         head["outputs"] = [{"name": name} for name in message.wanted]
-    return _parts(head, message.tensors)
+    return _parts(head, () if plain else message.tensors)
 
 
 def encode_response(message: Message) -> tuple[list[Buffer], int]:
@@ -98,10 +103,7 @@ def encode_response(message: Message) -> tuple[list[Buffer], int]:
     if message.binary:
         head["outputs"] = [_described(each) for each in message.tensors]
         return _parts(head, message.tensors)
-    head["outputs"] = [
-        {"name": each.name, "datatype": each.datatype, "shape": list(each.shape), "data": numbers_of(each)}
-        for each in message.tensors
-    ]
+    head["outputs"] = [_in_json(each) for each in message.tensors]
     return _parts(head, ())
 
 
@@ -117,12 +119,13 @@ def decode_request(body: Buffer, json_length: int | None, limits: Limits) -> Mes
         WireError: what was expected, and what came.
     """
     head, rest = _split(body, json_length, limits)
-    parameters = _object(head.get("parameters", {}), "parameters")
-    outputs = [_object(each, "an output") for each in _array(head.get("outputs", []), "outputs", limits)]
+    parameters = _parameters(head)
+    asked = head.get("outputs")
+    outputs = [_object(each, "an output") for each in _array([] if asked is None else asked, "outputs", limits)]
     wanted = tuple(_name(each, limits) for each in outputs)
     binary = parameters.get("binary_data_output", False)
     # An output's own wish comes first; an answer is all bytes or all JSON.
-    wishes = [_object(each.get("parameters", {}), "parameters").get("binary_data", binary) for each in outputs]
+    wishes = [_parameters(each).get("binary_data", binary) for each in outputs]
     return Message(
         tensors=_tensors(head, "inputs", rest, limits), id=_text(head, "id"), wanted=wanted,
         binary=all(wish is True for wish in wishes or [binary]),
@@ -135,7 +138,7 @@ def decode_response(body: Buffer, json_length: int | None, limits: Limits) -> Me
     head, rest = _split(body, json_length, limits)
     return Message(
         tensors=_tensors(head, "outputs", rest, limits), id=_text(head, "id"), model=_text(head, "model_name"),
-        version=_text(head, "model_version"), parameters=_object(head.get("parameters", {}), "parameters"),
+        version=_text(head, "model_version"), parameters=_parameters(head),
     )  # fmt: skip
 
 
@@ -156,6 +159,12 @@ def _described(tensor: WireTensor) -> dict[str, Any]:
     return {
         "name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape),
         "parameters": {"binary_data_size": memoryview(tensor.data).nbytes},
+    }  # fmt: skip
+
+
+def _in_json(tensor: WireTensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape), "data": numbers_of(tensor)
     }  # fmt: skip
 
 
@@ -212,7 +221,7 @@ def _each_tensor(entries: Iterable[Any], rest: memoryview, limits: Limits) -> It
             raise WireError(f"{name}: expected a datatype of {', '.join(SIZES)}, got {datatype!r}"[:300])
         shape = _shape(about.get("shape"), name, limits)
         nbytes = math.prod(shape) * SIZES[datatype]
-        size = _object(about.get("parameters", {}), "parameters").get("binary_data_size")
+        size = _parameters(about).get("binary_data_size")
         if size is None:
             yield WireTensor(name, datatype, shape, _from_numbers(about.get("data"), name, datatype, shape)), False
             continue
@@ -284,6 +293,11 @@ def _object(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WireError(f"expected {what} to be a JSON object, got {type(value).__name__}")
     return value
+
+
+def _parameters(about: Mapping[str, Any]) -> dict[str, Any]:
+    found = about.get("parameters")
+    return {} if found is None else _object(found, "parameters")  # KServe's server says null where there are none
 
 
 def _array(value: Any, what: str, limits: Limits) -> list[Any]:

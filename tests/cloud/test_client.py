@@ -95,6 +95,32 @@ def test_a_refusal_is_not_repeated_and_its_words_are_told_without_the_key(status
     assert asked.endpoints[0].breaker.state == "closed"
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"detail": [{"msg": "Input should be FP32"}]}', "Input should be FP32"),
+        (b'{"error": "first", "detail": "second"}', "first"),
+        (b'{"x": 1}', "answers 422$"),
+        (b"[1]", "answers 422$"),
+        (b"plain words", "plain words"),
+    ],
+)
+def test_what_other_servers_say_is_told(body, said):
+    asked, clock = client(Script((422, {}, body)))
+    with pytest.raises(RefusedError, match=said):
+        asked.ask(GET, Deadline(10, clock))
+
+
+def test_not_implemented_is_a_last_word():
+    script = Script(501)
+    asked, clock = client(script)
+    for _ in range(5):
+        with pytest.raises(RefusedError, match="answers 501"):
+            asked.ask(GET, Deadline(10, clock))
+    assert len(script.asked) == 5
+    assert asked.endpoints[0].breaker.state == "closed"
+
+
 def test_a_deadline_is_shared_by_all_attempts_and_told_to_the_server():
     clock = Clock()
     script = Script((503, {"retry-after": "1"}, b""), DeadlineError("late"), clock=clock)

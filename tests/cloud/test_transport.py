@@ -2,7 +2,6 @@
 
 import os
 import socket
-import ssl
 import threading
 import time
 
@@ -177,16 +176,6 @@ def test_nobody_listening_is_said_at_once():
     with pytest.raises(CloudError, match="cannot be reached: ConnectionRefusedError"):
         ask(HttpTransport(url), b"x")
     assert time.monotonic() - started < 0.5
-
-
-def test_a_certificate_that_cannot_be_verified_is_refused():
-    error = ssl.SSLCertVerificationError(1, "self-signed")
-    error.verify_message = "self-signed certificate"
-    mapped = HttpTransport("https://localhost")._mapped(error)
-    assert isinstance(mapped, RefusedError)
-    assert "cannot be trusted: self-signed certificate" in str(mapped)
-    context = ssl.create_default_context()
-    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
 
 
 @pytest.mark.parametrize(

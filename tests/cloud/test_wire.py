@@ -86,6 +86,29 @@ def test_how_an_answer_is_wanted():
         wire.decode_request(text, len(text), LIMITS)
 
 
+def test_null_is_nothing_where_something_is_optional():
+    about = {"name": "y", "datatype": "FP32", "shape": [1], "parameters": None, "data": [1.0]}
+    text = json.dumps({"outputs": [about], "parameters": None, "id": None, "model_version": None}).encode()
+    got = wire.decode_response(text, None, LIMITS)
+    assert (len(got.tensors), got.parameters, got.id, got.version) == (1, {}, None, None)
+    text = json.dumps({"inputs": [about], "parameters": None, "outputs": None}).encode()
+    assert wire.decode_request(text, None, LIMITS).wanted == ()
+    for strange in ({}, 0, False, ""):
+        text = json.dumps({"inputs": [about], "outputs": strange}).encode()
+        with pytest.raises(WireError, match="outputs to be a list"):
+            wire.decode_request(text, None, LIMITS)
+
+
+def test_a_request_without_the_extension_has_no_word_of_it():
+    data = struct.pack("<2f", 0.5, -1)
+    parts, length = wire.encode_request(
+        Message(tensors=(WireTensor("x", "FP32", (1, 2), data),), id="7", wanted=("y",)), plain=True
+    )
+    x = {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [0.5, -1.0]}
+    assert json.loads(parts[0]) == {"inputs": [x], "id": "7", "outputs": [{"name": "y"}]}
+    assert (len(parts), length) == (1, len(parts[0]))
+
+
 def test_bytes_are_not_copied():
     data = bytearray(64)
     parts, length = wire.encode_request(Message(tensors=(WireTensor("x", "UINT8", (64,), data),)))

@@ -150,13 +150,14 @@ class Application:
         elif path == "/v2/health/live":
             await exchange.respond_json({"live": True})
         else:
-            await self._whether(exchange, self.ready)
+            # The protocol's text says "live" here, and KServe's client reads "ready".
+            await self._whether(exchange, self.ready, {"live": True, "ready": True})
 
-    async def _whether(self, exchange: Exchange, ready: bool) -> None:
-        """200 or 503."""
+    async def _whether(self, exchange: Exchange, ready: bool, said: dict[str, Any]) -> None:
+        """200 with what is `said`, or 503."""
         if not ready:
             raise Refusal(503, "draining" if self.draining else "loading", retry_after=BUSY_SECONDS)
-        await exchange.respond_json({"ready": True})
+        await exchange.respond_json(said)
 
     def _about(self) -> dict[str, Any]:
         config = self.config
@@ -186,7 +187,7 @@ class Application:
         if call == "infer":
             await self._infer(exchange, model, backward=backward)
         elif call == "ready":
-            await self._whether(exchange, not self.draining)
+            await self._whether(exchange, not self.draining, {"name": name, "ready": True})
         else:
             await exchange.respond_json(describe(model, self.models.versions(base), backward=backward))
         return name
