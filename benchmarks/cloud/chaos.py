@@ -1,0 +1,342 @@
+"""Forwards while servers are killed, stopped and restarted, and the way to them cuts, corrupts, hangs and refuses.
+
+    python benchmarks/cloud/chaos.py [--forwards 10000] [--seed 0] [--kills 100] [--folder amd-epyc-2-cores]
+
+Rows: one server and one thread, whose outcomes follow from the seed; two replicas and four threads; and servers that
+are killed by SIGKILL in the middle of a call, with the time from the kill to the local result, the local computation
+itself taken off: forked ones, and `apt-model serve` itself. Leaves with 1 where an answer is wrong, a count is off, or
+something is left open.
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import http.client
+import json
+import logging
+import random
+import socket
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
+
+import record  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from servers import Nursery, Server  # noqa: E402
+
+from apt_model.cloud.backend import OIPBackend  # noqa: E402
+from apt_model.cloud.breaker import Breaker  # noqa: E402
+from apt_model.cloud.client import Client, Retry  # noqa: E402
+from apt_model.cloud.fake import Answer, refusal  # noqa: E402
+from apt_model.cloud.fake_http import Served  # noqa: E402
+from apt_model.cloud.http_transport import HttpTransport  # noqa: E402
+from apt_model.optimization import CloudNPULinear  # noqa: E402
+
+WIDE_IN, WIDE_OUT, DEADLINE = 256, 384, 0.15
+# What may happen to a request, in a thousand.
+FAULTS = {"truncate": 50, "flip": 50, "flip request": 30, "refuse": 40, "fail": 20, "stale": 10, "busy": 20, "hang": 8,
+          "stop": 4, "kill": 6}  # fmt: skip
+DOWN = 15  # forwards for which a killed server stays away
+RIGHT = 5e-5  # of a token's length: what the check of a product may let pass in fp32, at these widths
+
+
+class Way:
+    """Stands before a server and does to requests what the seed says."""
+
+    def __init__(self, server, numbers, lock):
+        self.server, self.numbers, self.lock = server, numbers, lock
+        self.drawn, self.due = collections.Counter(), None
+        self.forwards = lambda: 0
+
+    def answer(self, method, path, headers, body):
+        with self.lock:
+            number, place = self.numbers.random() * 1000, self.numbers.random()
+        fault = None
+        for name, share in FAULTS.items():
+            if number < share:
+                fault = name
+                break
+            number -= share
+        if path.startswith(("/v2/health", "/v2/repository")) or path == "/v2":
+            fault = fault if fault in ("refuse", "truncate", "fail") else None
+        self.drawn[fault or "none"] += 1
+        if fault in ("fail", "stale", "busy"):
+            status, more = {"fail": (500, {}), "stale": (404, {}), "busy": (429, {"retry_after": "0.01"})}[fault]
+            return refusal(status, "as the seed says", **more)
+        if fault in ("hang", "refuse"):
+            return Answer(0, fault=fault)
+        if fault == "flip request":
+            body = _flipped(body, place)
+        if fault in ("stop", "kill"):
+            return self._halted(fault, method, path, headers, body)
+        found = self._asked(method, path, headers, body, 5.0)
+        return found._replace(body=_flipped(found.body, place)) if fault == "flip" else found._replace(fault=fault)
+
+    def _halted(self, fault, method, path, headers, body):
+        """The server has the request, and is stopped or killed before it can answer."""
+        with self.lock:
+            if not self.server.alive:
+                return Answer(0, fault="refuse")
+            self.server.process.suspend()
+            timer = threading.Timer(0.002 if fault == "kill" else 2 * DEADLINE, self._released, (fault,))
+            timer.start()
+        found = self._asked(method, path, headers, body, 5.0)
+        timer.join()
+        return found._replace(fault="refuse")
+
+    def _released(self, fault):
+        if fault == "kill":
+            self.server.kill()
+            self.due = self.forwards() + DOWN
+        else:
+            self.server.process.resume()
+
+    def _asked(self, method, path, headers, body, seconds):
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=seconds)
+        try:
+            kept = {name: value for name, value in headers.items() if name not in ("host", "connection")}
+            connection.request(method, path, body or None, kept)
+            found = connection.getresponse()
+            named = {name: value for name, value in found.getheaders() if name.lower() != "content-length"}
+            return Answer(found.status, found.read(), named)
+        except (OSError, http.client.HTTPException):
+            return Answer(0, fault="refuse")
+        finally:
+            connection.close()
+
+
+def _flipped(body, place):
+    changed = bytearray(body)
+    if changed:
+        bit = int(place * 8 * len(changed))
+        changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+class Run:
+    """A layer before servers, and what became of its forwards."""
+
+    def __init__(self, nursery, seed, forwards, replicas, threads):
+        self.total, self.threads, self.seed = forwards, threads, seed
+        lock = threading.Lock()
+        numbers = random.Random(seed)
+        self.ways = [Way(Server(nursery), numbers, lock) for _ in range(replicas)]
+        self.served = [Served(way) for way in self.ways]
+        self.done, self.lock = 0, threading.Lock()
+        for way in self.ways:
+            way.forwards = lambda: self.done
+        # The breaker's seconds are forwards, so that one thread's outcomes follow from the seed.
+        breaker = lambda: Breaker(first=4.0, longest=16.0, clock=lambda: float(self.done))  # noqa: E731
+        transports = [HttpTransport(each.url) for each in self.served]
+        client = Client(transports, retry=Retry(first=0.002, longest=0.01), breaker=breaker)
+        self.backend = OIPBackend(transports, client=client)
+        torch.manual_seed(seed)
+        self.layer = CloudNPULinear(WIDE_IN, WIDE_OUT, cloud_backend=self.backend, deadline_s=DEADLINE)
+        self.outcomes, self.wrong, self.equal, self.worst = [""] * forwards, [], 0, 0.0
+
+    def row(self):
+        began = time.perf_counter()
+        threads = [threading.Thread(target=self._work, args=(number,)) for number in range(self.threads)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        stats = self.layer.get_stats()
+        seconds = time.perf_counter() - began
+        self.backend.close()
+        kills = sum(way.server.kills for way in self.ways)
+        open_connections = sum(each.transport.open_connections for each in self.backend.client.endpoints)
+        for each in self.served:
+            each.close()
+        for way in self.ways:
+            way.server.close()
+        drawn = sum((way.drawn for way in self.ways), collections.Counter())
+        counted = stats["cloud_calls"] + stats["local_calls"] + stats["raised"]
+        return {
+            "forwards": self.total, "threads": self.threads, "replicas": len(self.ways), "seed": self.seed,
+            "seconds": round(seconds, 1), "right": self.total - len(self.wrong), "bit_equal": self.equal,
+            "worst_relative_error": self.worst, "cloud_calls": stats["cloud_calls"],
+            "local_calls": stats["local_calls"], "raised": stats["raised"],
+            "counts_exact": counted == stats["forwards"] == self.total
+            and stats["cloud_errors"] == stats["local_calls"] + stats["backward_local"], "retries": stats["retries"],
+            "errors": stats["errors"], "requests": dict(sorted(drawn.items())),
+            "kills": kills,
+            "restarts": sum(way.server.starts - 1 for way in self.ways),
+            "outcomes": hashlib.sha256("".join(self.outcomes).encode()).hexdigest()[:16] if self.threads == 1 else None,
+            "connections_left": open_connections,
+        }  # fmt: skip
+
+    def _work(self, thread):
+        for number in range(thread, self.total, self.threads):
+            self._restart()
+            x = torch.randn(1 + number % 16, WIDE_IN, generator=torch.Generator().manual_seed(number))
+            x.requires_grad_(number % 10 == 0)
+            before = self.layer.get_stats()["cloud_calls"] if self.threads == 1 else 0
+            y = self.layer(x)
+            if x.requires_grad:
+                y.backward(torch.ones_like(y))
+            with self.lock:
+                self.done += 1
+                self._judge(number, x, y.detach())
+            if self.threads == 1:
+                self.outcomes[number] = "c" if self.layer.get_stats()["cloud_calls"] > before else "l"
+
+    @torch.no_grad()
+    def _judge(self, number, x, y):
+        expected = F.linear(x, self.layer.weight, self.layer.bias)
+        off = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
+        if x.grad is not None:
+            gradient = torch.ones_like(y) @ self.layer.weight
+            off = max(off, float(((x.grad - gradient).norm(dim=1) / gradient.norm(dim=1)).max()))
+        self.equal += torch.equal(y, expected)
+        self.worst = max(self.worst, off)
+        if not off <= RIGHT:
+            self.wrong.append(number)
+
+    def _restart(self):
+        with self.lock:
+            for way in self.ways:
+                if way.due is not None and self.done >= way.due:
+                    way.due = None
+                    way.server.close()
+                    way.server.start()
+
+
+def killed(server, kills, seed):
+    """Milliseconds from a kill in the middle of a call to the local result, without the local computation.
+
+    The kernel frees a killed process's memory before it closes its sockets: a second connection says when those are
+    closed, and what comes after that is ours.
+    """
+    numbers, took, ours, late, sound = random.Random(seed), [], [], 0, True
+    torch.manual_seed(seed)
+    base, x = torch.nn.Linear(1024, 1024), torch.randn(2048, 1024)
+    with torch.no_grad():
+        expected = base(x)
+        call = _seconds_of_a_call(server, base, x)
+    while len(took) < kills:
+        backend, stamps = OIPBackend([HttpTransport(server.url)]), {}
+        layer = CloudNPULinear.from_linear(base, cloud_backend=backend)
+        _stamp(layer, stamps)
+        with torch.no_grad(), socket.create_connection(("127.0.0.1", server.port)) as second:
+            layer(x[:2])  # the weights are there
+            watcher = threading.Thread(target=_watch, args=(second, stamps))
+            killer = threading.Timer(0.001 + 0.8 * call * numbers.random(), _kill, (server, stamps))
+            watcher.start()
+            killer.start()
+            y = layer(x)
+            end = time.perf_counter()
+            killer.join()
+            watcher.join()
+        stats = layer.get_stats()
+        outcome = stats["cloud_calls"], stats["local_calls"], stats["raised"]
+        if outcome == (2, 0, 0):
+            late += 1  # the answer was there before the kill
+        else:
+            compute = stamps["there"] - stamps["here"]
+            took.append(1e3 * (end - stamps["kill"] - compute))
+            ours.append(1e3 * max(end - max(stamps["closed"], stamps["kill"]) - compute, 0))
+            sound &= outcome == (1, 1, 0)
+            sound &= torch.equal(y, expected)
+        backend.close()
+        server.close()
+        server.start()
+    server.close()
+    return {
+        "kills": kills, "seed": seed, "too_late_and_left_out": late, "right": kills if sound else 0,
+        "counts_exact": sound, "call_ms": round(1e3 * call, 1), "ms_from_the_kill": _spread(took),
+        "ms_from_closed_sockets": _spread(ours), "goal_ms": 10, "kills_above_goal": sum(each > 10 for each in took),
+        "above_goal_from_closed_sockets": sum(each > 10 for each in ours),
+    }  # fmt: skip
+
+
+def _spread(values):
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {
+        "p50": round(cuts[49], 2), "p95": round(cuts[94], 2), "max": round(max(values), 2), "min": round(min(values), 2)
+    }  # fmt: skip
+
+
+def _seconds_of_a_call(server, base, x):
+    backend = OIPBackend([HttpTransport(server.url)])
+    layer = CloudNPULinear.from_linear(base, cloud_backend=backend)
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        layer(x)
+        took.append(time.perf_counter() - began)
+    backend.close()
+    return statistics.median(took)
+
+
+def _kill(server, stamps):
+    stamps["kill"] = server.kill()
+
+
+def _watch(connection, stamps):
+    with contextlib.suppress(OSError):
+        connection.recv(1)
+    stamps["closed"] = time.perf_counter()
+
+
+def _stamp(layer, stamps):
+    """Note when the local computation begins and ends."""
+    forward = layer._offload.forward
+
+    def stamped(rows, reason, elsewhere, here):
+        def timed():
+            stamps["here"] = time.perf_counter()
+            found = here()
+            stamps["there"] = time.perf_counter()
+            return found
+
+        return forward(rows, reason, elsewhere, timed)
+
+    layer._offload.forward = stamped
+
+
+def held():
+    """What this process has open: files and sockets, and threads."""
+    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--forwards", type=int, default=10_000)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="of benchmarks/results, to write cloud_chaos.json there")
+    options = parser.parse_args()
+    logging.getLogger("apt_model.cloud").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    above, rows = record.header(), []
+    nursery = Nursery()
+    try:
+        for replicas, threads in ((1, 1), (2, 4)):
+            before = held()
+            rows.append(Run(nursery, options.seed, options.forwards, replicas, threads).row())
+            rows[-1]["files_and_threads_left"] = [now - then for now, then in zip(held(), before, strict=True)]
+            print(json.dumps(rows[-1]), flush=True)
+        for name, make in (("forked", lambda: Server(nursery)), ("apt-model serve", Server)):
+            rows.append({"server": name, **killed(make(), options.kills, options.seed)})
+            print(json.dumps(rows[-1]), flush=True)
+    finally:
+        nursery.close()
+    if options.folder:
+        above["machine"]["device"] = "AMD EPYC, 2 cores" if options.folder == "amd-epyc-2-cores" else options.folder
+        above["command"] = " ".join(["python", "benchmarks/cloud/chaos.py", *sys.argv[1:]])
+        print(record.write("cloud_chaos", rows, folder=ROOT / "benchmarks" / "results" / options.folder, above=above))
+    sound = all(row["right"] == row.get("forwards", row["kills"]) and row["counts_exact"] for row in rows)
+    left = any(row.get("connections_left") or any(row.get("files_and_threads_left", ())) for row in rows)
+    return int(not sound or left)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
