@@ -10,14 +10,11 @@ something is left open.
 
 import argparse
 import collections
-import contextlib
 import hashlib
 import http.client
 import json
 import logging
 import random
-import socket
-import statistics
 import sys
 import threading
 import time
@@ -29,8 +26,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 import record  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from kills import killed  # noqa: E402
 from servers import Nursery, Server  # noqa: E402
 
+from apt_model.cloud import freivalds  # noqa: E402
 from apt_model.cloud.backend import OIPBackend  # noqa: E402
 from apt_model.cloud.breaker import Breaker  # noqa: E402
 from apt_model.cloud.client import Client, Retry  # noqa: E402
@@ -44,7 +43,9 @@ WIDE_IN, WIDE_OUT, DEADLINE = 256, 384, 0.15
 FAULTS = {"truncate": 50, "flip": 50, "flip request": 30, "refuse": 40, "fail": 20, "stale": 10, "busy": 20, "hang": 8,
           "stop": 4, "kill": 6}  # fmt: skip
 DOWN = 15  # forwards for which a killed server stays away
-RIGHT = 5e-5  # of a token's length: what the check of a product may let pass in fp32, at these widths
+# Of a token's length. A flipped bit of an input or an answer that changes less than rounding may is seen by no check of
+# the product, and one that changes more passes the less often, the more it changes.
+RIGHT, NEAR = 1e-3, 5e-5
 
 
 class Way:
@@ -139,7 +140,7 @@ class Run:
         self.backend = OIPBackend(transports, client=client)
         torch.manual_seed(seed)
         self.layer = CloudNPULinear(WIDE_IN, WIDE_OUT, cloud_backend=self.backend, deadline_s=DEADLINE)
-        self.outcomes, self.wrong, self.equal, self.worst = [""] * forwards, [], 0, 0.0
+        self.outcomes, self.wrong, self.equal, self.far, self.worst = [""] * forwards, [], 0, 0, 0.0
 
     def row(self):
         began = time.perf_counter()
@@ -162,7 +163,7 @@ class Run:
         return {
             "forwards": self.total, "threads": self.threads, "replicas": len(self.ways), "seed": self.seed,
             "seconds": round(seconds, 1), "right": self.total - len(self.wrong), "bit_equal": self.equal,
-            "worst_relative_error": self.worst, "cloud_calls": stats["cloud_calls"],
+            "off_by_more_than_5e-5": self.far, "worst_relative_error": self.worst, "cloud_calls": stats["cloud_calls"],
             "local_calls": stats["local_calls"], "raised": stats["raised"],
             "counts_exact": counted == stats["forwards"] == self.total
             and stats["cloud_errors"] == stats["local_calls"] + stats["backward_local"], "retries": stats["retries"],
@@ -197,6 +198,7 @@ class Run:
             off = max(off, float(((x.grad - gradient).norm(dim=1) / gradient.norm(dim=1)).max()))
         self.equal += torch.equal(y, expected)
         self.worst = max(self.worst, off)
+        self.far += off > NEAR
         if not off <= RIGHT:
             self.wrong.append(number)
 
@@ -207,99 +209,6 @@ class Run:
                     way.due = None
                     way.server.close()
                     way.server.start()
-
-
-def killed(server, kills, seed):
-    """Milliseconds from a kill in the middle of a call to the local result, without the local computation.
-
-    The kernel frees a killed process's memory before it closes its sockets: a second connection says when those are
-    closed, and what comes after that is ours.
-    """
-    numbers, took, ours, late, sound = random.Random(seed), [], [], 0, True
-    torch.manual_seed(seed)
-    base, x = torch.nn.Linear(1024, 1024), torch.randn(2048, 1024)
-    with torch.no_grad():
-        expected = base(x)
-        call = _seconds_of_a_call(server, base, x)
-    while len(took) < kills:
-        backend, stamps = OIPBackend([HttpTransport(server.url)]), {}
-        layer = CloudNPULinear.from_linear(base, cloud_backend=backend)
-        _stamp(layer, stamps)
-        with torch.no_grad(), socket.create_connection(("127.0.0.1", server.port)) as second:
-            layer(x[:2])  # the weights are there
-            watcher = threading.Thread(target=_watch, args=(second, stamps))
-            killer = threading.Timer(0.001 + 0.8 * call * numbers.random(), _kill, (server, stamps))
-            watcher.start()
-            killer.start()
-            y = layer(x)
-            end = time.perf_counter()
-            killer.join()
-            watcher.join()
-        stats = layer.get_stats()
-        outcome = stats["cloud_calls"], stats["local_calls"], stats["raised"]
-        if outcome == (2, 0, 0):
-            late += 1  # the answer was there before the kill
-        else:
-            compute = stamps["there"] - stamps["here"]
-            took.append(1e3 * (end - stamps["kill"] - compute))
-            ours.append(1e3 * max(end - max(stamps["closed"], stamps["kill"]) - compute, 0))
-            sound &= outcome == (1, 1, 0)
-            sound &= torch.equal(y, expected)
-        backend.close()
-        server.close()
-        server.start()
-    server.close()
-    return {
-        "kills": kills, "seed": seed, "too_late_and_left_out": late, "right": kills if sound else 0,
-        "counts_exact": sound, "call_ms": round(1e3 * call, 1), "ms_from_the_kill": _spread(took),
-        "ms_from_closed_sockets": _spread(ours), "goal_ms": 10, "kills_above_goal": sum(each > 10 for each in took),
-        "above_goal_from_closed_sockets": sum(each > 10 for each in ours),
-    }  # fmt: skip
-
-
-def _spread(values):
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {
-        "p50": round(cuts[49], 2), "p95": round(cuts[94], 2), "max": round(max(values), 2), "min": round(min(values), 2)
-    }  # fmt: skip
-
-
-def _seconds_of_a_call(server, base, x):
-    backend = OIPBackend([HttpTransport(server.url)])
-    layer = CloudNPULinear.from_linear(base, cloud_backend=backend)
-    took = []
-    for _ in range(5):
-        began = time.perf_counter()
-        layer(x)
-        took.append(time.perf_counter() - began)
-    backend.close()
-    return statistics.median(took)
-
-
-def _kill(server, stamps):
-    stamps["kill"] = server.kill()
-
-
-def _watch(connection, stamps):
-    with contextlib.suppress(OSError):
-        connection.recv(1)
-    stamps["closed"] = time.perf_counter()
-
-
-def _stamp(layer, stamps):
-    """Note when the local computation begins and ends."""
-    forward = layer._offload.forward
-
-    def stamped(rows, reason, elsewhere, here):
-        def timed():
-            stamps["here"] = time.perf_counter()
-            found = here()
-            stamps["there"] = time.perf_counter()
-            return found
-
-        return forward(rows, reason, elsewhere, timed)
-
-    layer._offload.forward = stamped
 
 
 def held():
@@ -316,6 +225,8 @@ def main():
     options = parser.parse_args()
     logging.getLogger("apt_model.cloud").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    drawn = random.Random(options.seed)
+    freivalds.secrets.randbits = drawn.getrandbits  # what the check draws follows from the seed too
     above, rows = record.header(), []
     nursery = Nursery()
     try:
@@ -325,7 +236,11 @@ def main():
             rows[-1]["files_and_threads_left"] = [now - then for now, then in zip(held(), before, strict=True)]
             print(json.dumps(rows[-1]), flush=True)
         for name, make in (("forked", lambda: Server(nursery)), ("apt-model serve", Server)):
-            rows.append({"server": name, **killed(make(), options.kills, options.seed)})
+            server = make()
+            try:
+                rows.append({"server": name, **killed(server, options.kills, options.seed)})
+            finally:
+                server.close()
             print(json.dumps(rows[-1]), flush=True)
     finally:
         nursery.close()
