@@ -10,6 +10,7 @@ something is left open.
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import http.client
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 
+import psutil  # noqa: E402
 import record  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -97,7 +99,8 @@ class Way:
             self.server.kill()
             self.due = self.forwards() + DOWN
         else:
-            self.server.process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):  # another request's kill came first
+                self.server.process.resume()
 
     def _asked(self, method, path, headers, body, seconds):
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=seconds)
