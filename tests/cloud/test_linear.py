@@ -247,6 +247,16 @@ def test_under_autocast_it_is_nn_linear_under_autocast(cast, verify):
         assert {each.tensors["weight"].dtype for each in fake.held.values()} == {cast, torch.float32}
 
 
+def test_a_backward_under_autocast_that_fails_elsewhere_is_computed_here():
+    fake = FakeServer(fault=lambda path: "fail" if ".bwd" in path else None)
+    with in_process(fake) as backend:
+        layer, x = CloudNPULinear(8, 6, cloud_backend=backend), torch.randn(3, 8, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x).float().sum().backward()
+        torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1), rtol=0.02, atol=0.02)
+        assert layer.get_stats()["backward_local"] == 1
+
+
 def test_counters_are_exact_under_threads():
     numbers = iter(range(10_000))
     lock = threading.Lock()

@@ -1,9 +1,11 @@
 """The mission's code, word for word: on ModelArts, on MaaS alone, on no cloud, and on one that dies on the way."""
 
 import logging
+import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from clouds import CANARY, counts, reference
 import apt_model.optimization.vb_global as vb
 from apt_model.cloud.fake import FakeServer
 from apt_model.cloud.fake_http import serving
+from apt_model.cloud.manager import get_cloud_npu_manager
 from apt_model.cloud.providers.fakes import FakeGateway, FakeMaaS
 
 # The keys and addresses are the account's; everything else stands as it was given.
@@ -166,3 +169,20 @@ def test_with_a_cloud_that_dies_while_it_computes():
         assert len(gateway.server.ids) > asked
         assert counts(layer) == (1, 1, 0)
         found["manager"].close()
+
+
+def test_the_summarys_whole_example_uses_a_cloud_that_is_set_up(monkeypatch):
+    """Its blocks run without a cloud in tests/integration/test_docs.py."""
+    text = (Path(__file__).parents[2] / "docs" / "INTEGRATION_SUMMARY.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    gateway = modelarts()
+    with serving(gateway) as served:
+        monkeypatch.setenv("HUAWEI_CLOUD_API_KEY", CANARY)
+        monkeypatch.setenv("HUAWEI_CLOUD_ENDPOINT", f"{served.url}/v1/infers/abc")
+        names = {}
+        for code in blocks:
+            exec(code, names)  # noqa: S102 - our own documentation
+        stats = names["head"].get_stats()
+        assert (stats["cloud_calls"], stats["local_calls"], stats["backward_cloud"]) == (20, 0, 20)
+        assert stats["bytes_pushed"] < 2 * names["head"].weight.nbytes  # once
+        get_cloud_npu_manager().close()
