@@ -69,6 +69,8 @@ class Freivalds:
             self._bias = self._grouped(bias * self._signs).sum(-1).to(self._dtype)
             self._bias_length = torch.linalg.vector_norm(self._grouped(bias), dim=-1).to(self._dtype)
 
+    # Its sums are in types of their own, which autocast knows nothing of.
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def wrong(self, x: Tensor, y: Tensor, *, int8: bool = False) -> Tensor:
         """Which tokens of y [tokens, out] are not x [tokens, in]'s product: bool [tokens].
 

@@ -5,7 +5,7 @@ digest; a forward sends activations alone. What comes back is checked against th
 
 Weights that change are other weights. A layer that is being trained computes here from the first change on, since each
 step would send all of them; otherwise changed weights are pushed again. A change through `.data` is not noticed: call
-`refresh()`.
+`refresh()`. Under autocast the product is that of the weights in autocast's type, which are other weights too.
 """
 
 import threading
@@ -27,10 +27,13 @@ from apt_model.cloud.tensors import ACTIVATIONS, Weights
 class _Pushed:
     """Weights as they were when they were digested, and what checks their products."""
 
-    def __init__(self, key: tuple[Any, ...], layer: "CloudNPULinear") -> None:
-        self.key = key
+    def __init__(self, key: tuple[Any, ...], layer: "CloudNPULinear", cast: torch.dtype | None) -> None:
+        self.key, self.cast = key, cast
         # Copies: an answer in flight is checked against what was sent, whatever happens to the parameters.
-        tensors = {name: each.detach().cpu().clone() for name, each in layer.named_parameters(recurse=False)}
+        tensors = {
+            name: each.detach().to("cpu", cast or each.dtype, copy=True)
+            for name, each in layer.named_parameters(recurse=False)
+        }
         self.weights = Weights(kind="linear", config={}, tensors=tensors)
         int8 = layer._offload.wire == "int8g64"  # noqa: SLF001 - ours
         # A fold is a group then, so that a wrong scale stands beside nobody else's rounding.
@@ -112,18 +115,21 @@ class CloudNPULinear(nn.Linear):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward(self, x: Tensor) -> Tensor:
         offload = self._offload
-        known = None
-        reason = why_here(x) or self._unsuited(x)
+        cast, known = _cast_of(x), None
+        sent = x if cast is None else x.to(cast)
+        reason = why_here(sent, autocast=True) or self._unsuited(sent, cast)
         if reason is None and offload.tensors is not None:
-            known, reason = self._current()
+            known, reason = self._current(cast)
         rows = x.numel() // self.in_features if self.in_features else 0
 
         def elsewhere(tally: Tally) -> Tensor:
             assert known is not None
-            if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *self.parameters())):
-                found: Tensor = _Elsewhere.apply(x, self.weight, self.bias, offload, known, tally)  # type: ignore[no-untyped-call]
-                return found
-            return _product(x.detach(), offload, known, tally, self.out_features)
+            with torch.autocast(x.device.type, enabled=False):
+                if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *self.parameters())):
+                    weight, bias = (each if each is None else each.to(sent.dtype) for each in (self.weight, self.bias))
+                    found: Tensor = _Elsewhere.apply(sent, weight, bias, offload, known, tally)  # type: ignore[no-untyped-call]
+                    return found
+                return _product(sent.detach(), offload, known, tally, self.out_features)
 
         return offload.forward(rows, reason, elsewhere, lambda: F.linear(x, self.weight, self.bias))
 
@@ -152,26 +158,34 @@ class CloudNPULinear(nn.Linear):
         """As `nn.Linear`'s, with where it is computed."""
         return f"{super().extra_repr()}, cloud_backend={self._offload.backend!r}, wire={self._offload.wire}"
 
-    def _unsuited(self, x: Tensor) -> str | None:
+    def _unsuited(self, x: Tensor, cast: torch.dtype | None) -> str | None:
         """What F.linear refuses in its own words, and weights that no server computes with."""
-        fits = x.dim() > 0 and x.shape[-1] == self.in_features and x.dtype == self.weight.dtype
+        fits = x.dim() > 0 and x.shape[-1] == self.in_features and x.dtype == (cast or self.weight.dtype)
         if not fits or x.device != self.weight.device or self.weight.dtype not in ACTIVATIONS:
             return "shape, type or device"
         return None
 
-    def _current(self, *, push: bool = False) -> tuple[_Pushed | None, str | None]:
-        """The weights as they are now, as a server knows them, or why they stay here."""
+    def _current(self, cast: torch.dtype | None = None, *, push: bool = False) -> tuple[_Pushed | None, str | None]:
+        """The weights as they are now and autocast has them, as a server knows them, or why they stay here."""
         key = tuple((id(each), each._version, each.data_ptr()) for each in self.parameters())  # noqa: SLF001 - torch's counter of changes
         known = self._known
-        if known is not None and known.key == key:
+        if known is not None and known.key == key and known.cast == cast:
             return known, None
         trained = torch.is_grad_enabled() and any(each.requires_grad for each in self.parameters())
-        if known is not None and trained and not push:
+        if known is not None and known.key != key and trained and not push:
             return None, "weights in training"
         with self._guard.lock:
-            if self._known is None or self._known.key != key:
-                self._known = _Pushed(key, self)
-            return self._known, None
+            known = self._known
+            if known is None or (known.key, known.cast) != (key, cast):
+                self._known = known = _Pushed(key, self, cast)
+            return known, None
+
+
+def _cast_of(x: Tensor) -> torch.dtype | None:
+    """The type that autocast computes a product of `x` in; None outside of it."""
+    kind = x.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return cast if x.dtype in ACTIVATIONS else None
 
 
 class _Guard:

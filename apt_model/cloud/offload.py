@@ -274,9 +274,14 @@ class _Call(NamedTuple):
     tally: Tally
 
 
-def why_here(x: Tensor) -> str | None:
-    """Why an input is not sent: what no server takes, or what there is nothing to compute of."""
-    if torch.is_autocast_enabled(x.device.type):
+def why_here(x: Tensor, *, autocast: bool = False) -> str | None:
+    """Why an input is not sent: what no server takes, or what there is nothing to compute of.
+
+    Args:
+        x: the input.
+        autocast: whether the caller knows what autocast does to its block, so that it is no reason.
+    """
+    if not autocast and torch.is_autocast_enabled(x.device.type):
         return "autocast"
     if x.dtype not in ACTIVATIONS:
         return f"{x.dtype}"

@@ -2,10 +2,11 @@
 
 One request over many layers is what makes offloading worth its round trip. The weights do not train here: what trains
 stands before or behind (LoRA adapters, a head), and gets its gradient through the block's backward, a second request.
-Nothing checks a block's numbers but their shape and that they are finite where x is (`CloudNPULinear` has more).
+Of a block's numbers the shape is checked, that they are finite where x is, and by `spot_check` a sample of them
+(`CloudNPULinear` checks every one).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +16,13 @@ from torch.autograd.function import once_differentiable
 from apt_model.cloud.backend import CloudBackend
 from apt_model.cloud.client import Tally
 from apt_model.cloud.offload import Offload, Output, Wire, why_here
+from apt_model.cloud.spot_check import SpotCheck
 from apt_model.cloud.tensors import Weights
 from apt_model.core.errors import ConfigError, IntegrityError
+
+Here = Callable[[Tensor, slice], Tensor]
+"""The block here: of some rows of x, and of the further inputs that belong to them."""
+ALL = slice(None)
 
 
 class RemoteBlock(nn.Module):
@@ -33,6 +39,7 @@ class RemoteBlock(nn.Module):
         wire: "exact", or "int8g64": activations in 8 bits both ways, lossy.
         deadline_s: seconds for a forward, all attempts included.
         push: give the server weights that it does not hold.
+        spot_check: the share of answers of which one row, drawn by chance, is computed here as well; needs `local`.
 
     Raises:
         ConfigError: nothing that could compute it.
@@ -52,14 +59,21 @@ class RemoteBlock(nn.Module):
         wire: Wire = "exact",
         deadline_s: float = 30.0,
         push: bool = True,
+        spot_check: float = 0.0,
     ) -> None:
         super().__init__()
         self._offload = Offload(
             cloud_backend, who=f"RemoteBlock({kind})", fallback_local=fallback_local and local is not None, wire=wire,
             deadline_s=deadline_s, push=push,
         )  # fmt: skip
+        self._check = SpotCheck(spot_check, int8=wire == "int8g64")
+        if spot_check and local is None:
+            raise ConfigError(
+                "RemoteBlock: spot_check computes rows here, and there is no local block", remedy="local="
+            )
         frozen = {name: each.detach() for name, each in tensors.items()}
-        self.weights = Weights(kind=kind, config=dict(config), tensors=frozen)
+        self._about = (kind, dict(config), frozen)
+        self._known: tuple[tuple[int, ...], Weights] | None = None
         self.out_features = out_features
         # In a tuple, so that it is no part of this module's state: it belongs to the caller.
         self._local = (local,)
@@ -69,23 +83,47 @@ class RemoteBlock(nn.Module):
                 remedy="local.requires_grad_(False); what trains stands before or behind the block",
             )
 
+    @property
+    def weights(self) -> Weights:
+        """As they are now: those that were changed in place are other weights, and are pushed again."""
+        kind, config, tensors = self._about
+        key = tuple(each._version for each in tensors.values())  # noqa: SLF001 - torch's counter of changes
+        known = self._known
+        if known is None or known[0] != key:
+            self._known = known = (key, Weights(kind=kind, config=config, tensors=tensors))
+        return known[1]
+
     def forward(self, x: Tensor, **others: Tensor) -> Tensor:
         """X [rows, ..., width] to y [rows, ..., out]; `others` are further inputs of its kind, with as many rows."""
-        return self._forward(x, others)
+
+        def here(x: Tensor, rows: slice) -> Tensor:
+            return self._here(x, {name: each[rows] for name, each in others.items()})
+
+        return self.compute(x, others, here)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _forward(self, x: Tensor, others: dict[str, Tensor]) -> Tensor:
-        reason = why_here(x)
+    def compute(self, x: Tensor, others: Mapping[str, Tensor], here: Here, why_local: str | None = None) -> Tensor:
+        """As `forward`, for a caller that knows how to compute the block here.
+
+        Args:
+            x: [rows, ..., width].
+            others: what is sent beside it.
+            here: the block here.
+            why_local: a reason not to send this one.
+        """
+        reason = why_local or why_here(x)
         if x.dim() < 2:  # rows are what requests are cut at
             reason = "one row without a dimension of rows"
+        elif torch.is_grad_enabled() and any(each.requires_grad for each in others.values()):
+            reason = "a further input that wants a gradient"  # a server gives that of x alone
 
         def elsewhere(tally: Tally) -> Tensor:
             if torch.is_grad_enabled() and x.requires_grad:
-                found: Tensor = _Through.apply(x, self, others, tally)  # type: ignore[no-untyped-call]
+                found: Tensor = _Through.apply(x, self, others, here, tally)  # type: ignore[no-untyped-call]
                 return found
-            return self._ask(x.detach(), others, tally)
+            return self._ask(self.weights, x.detach(), others, here, tally)
 
-        return self._offload.forward(x.numel() // max(x.shape[-1], 1), reason, elsewhere, lambda: self._here(x, others))
+        return self._offload.forward(x.numel() // max(x.shape[-1], 1), reason, elsewhere, lambda: here(x, ALL))
 
     def push_weights(self) -> int:
         """Give the server the weights now; bytes that were sent, 0 where it holds them."""
@@ -95,18 +133,29 @@ class RemoteBlock(nn.Module):
         return sent
 
     def get_stats(self) -> dict[str, Any]:
-        """As `CloudNPULinear.get_stats`."""
+        """As `CloudNPULinear.get_stats`; `spot_checks` are rows that were computed here to compare them."""
         backend = self._offload.tensors
         states = [each.breaker.state for each in backend.client.endpoints] if backend else []
         return {**self._offload.stats.read(), "breaker": states}
 
     def extra_repr(self) -> str:
         """What it is and where it is computed."""
-        return f"{self.weights.kind}, cloud_backend={self._offload.backend!r}, local={self._local[0] is not None}"
+        return f"{self._about[0]}, cloud_backend={self._offload.backend!r}, local={self._local[0] is not None}"
 
-    def _ask(self, x: Tensor, others: Mapping[str, Tensor], tally: Tally) -> Tensor:
+    def _ask(self, weights: Weights, x: Tensor, others: Mapping[str, Tensor], here: Here, tally: Tally) -> Tensor:
         output = Output(name="y", rest=(*x.shape[1:-1], self.out_features or x.shape[-1]))
-        return _sound(self._offload.ask(self.weights, {"x": x, **others}, output, tally), x, self._offload.who)
+        who = self._offload.who
+        found = _sound(self._offload.ask(weights, {"x": x, **others}, output, tally), x, who)
+        self._compare(found, lambda row: here(x[row], row))
+        return found
+
+    @torch.no_grad()
+    def _compare(self, found: Tensor, here: Callable[[slice], Tensor]) -> None:
+        """Now and then, one row with the same row computed here."""
+        row = self._check.row(len(found))
+        if row is not None:
+            self._offload.stats.add("spot_checks")
+            self._check.check(found[row], here(row), self._offload.who)
 
     def _here(self, x: Tensor, others: Mapping[str, Tensor]) -> Tensor:
         local = self._local[0]
@@ -118,11 +167,6 @@ class RemoteBlock(nn.Module):
         found: Tensor = local(x, **others)
         return found
 
-    def _gradient_here(self, x: Tensor, others: Mapping[str, Tensor], dy: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self._here(x, others), x, dy)[0]
-
 
 def _sound(found: Tensor, x: Tensor, who: str) -> Tensor:
     """`IntegrityError` where what came is not finite though what was sent is."""
@@ -131,15 +175,21 @@ def _sound(found: Tensor, x: Tensor, who: str) -> Tensor:
     return found
 
 
+def _gradient(here: Here, x: Tensor, dy: Tensor, rows: slice) -> Tensor:
+    with torch.enable_grad():
+        x = x[rows].detach().requires_grad_()
+        return torch.autograd.grad(here(x, rows), x, dy[rows])[0]
+
+
 class _Through(torch.autograd.Function):
     """The block elsewhere, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, block, others, tally = args
+        x, block, others, here, tally = args
         ctx.save_for_backward(x)
-        ctx.block, ctx.others = block, others
-        found: Tensor = block._ask(x.detach(), others, tally)  # noqa: SLF001 - its own
+        ctx.block, ctx.others, ctx.here, ctx.weights = block, others, here, block.weights
+        found: Tensor = block._ask(ctx.weights, x.detach(), others, here, tally)  # noqa: SLF001 - its own
         return found
 
     @staticmethod
@@ -153,9 +203,8 @@ class _Through(torch.autograd.Function):
         def elsewhere(tally: Tally) -> Tensor:
             inputs = {"x": x, **ctx.others, "dy": dy}
             output = Output(name="dx", rest=tuple(x.shape[1:]))
-            return _sound(offload.ask(block.weights, inputs, output, tally, suffix=".bwd"), dy, offload.who)
+            found = _sound(offload.ask(ctx.weights, inputs, output, tally, suffix=".bwd"), dy, offload.who)
+            block._compare(found, lambda row: _gradient(ctx.here, x, dy, row))  # noqa: SLF001
+            return found
 
-        def here() -> Tensor:
-            return block._gradient_here(x, ctx.others, dy)  # noqa: SLF001
-
-        return offload.backward(elsewhere, here), None, None, None
+        return offload.backward(elsewhere, lambda: _gradient(ctx.here, x, dy, ALL)), None, None, None, None

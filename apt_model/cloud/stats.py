@@ -109,7 +109,7 @@ class Stats:
             "bytes_sent": sums["bytes_sent"], "bytes_received": sums["bytes_received"],
             "bytes_pushed": sums["bytes_pushed"], "retries": sums["retries"], "errors": errors,
             "local_reasons": reasons, "backward_cloud": sums["backward_cloud"],
-            "backward_local": sums["backward_local"],
+            "backward_local": sums["backward_local"], "spot_checks": sums["spot_checks"],
             "latency_p50": _percentile(waits, 0.5), "latency_p99": _percentile(waits, 0.99),
             "seconds_a_row": means,
         }  # fmt: skip

@@ -1,7 +1,12 @@
 """Forwards while a server refuses, hangs, truncates, flips bits and forgets: every answer right, every count exact."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from apt_model.cloud.http_transport import HttpTransport
 from apt_model.optimization import CloudNPULinear
 
 FORWARDS, THREADS = 240, 4
+ROOT = Path(__file__).parents[2]
 
 
 def eager():
@@ -73,3 +79,18 @@ def test_a_replica_takes_over_when_a_server_is_killed():
         assert counts(layer) == (20, 0, 0)
         assert layer.get_stats()["breaker"] == ["open", "closed"]
         backend.close()
+
+
+def test_the_long_runs_command_in_short(tmp_path):
+    """Real servers, killed, stopped and started again; `benchmarks/cloud/chaos.py` runs it with 10 000 forwards."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/cloud/chaos.py", "--forwards", "150", "--kills", "0", "--seed", "3"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, replicas = (json.loads(line) for line in done.stdout.splitlines())
+    assert one["right"] == replicas["right"] == 150
+    assert one["bit_equal"] > 140
+    assert one["kills"] > 0
+    assert one["cloud_calls"] > 75

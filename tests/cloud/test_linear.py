@@ -207,17 +207,54 @@ def test_inputs_that_no_server_takes_are_computed_here():
     with in_process() as backend, torch.no_grad():
         layer = CloudNPULinear(4, 4, cloud_backend=backend, fallback_local=False)
         assert layer(torch.randn(0, 4)).shape == (0, 4)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(torch.randn(2, 4)).dtype == torch.bfloat16
         for wrong in (torch.randn(2, 5), torch.randn(2, 4, dtype=torch.float64)):
             with pytest.raises(RuntimeError):
                 layer(wrong)
-        assert counts(layer) == (0, 2, 2)
+        assert counts(layer) == (0, 1, 2)
         double = CloudNPULinear(4, 4, cloud_backend=backend, dtype=torch.float64)
         assert double(torch.randn(2, 4).double()).dtype == torch.float64
         eight = CloudNPULinear(4, 4, cloud_backend=backend, wire="int8g64")
         assert eight(torch.full((1, 4), float("inf"))).shape == (1, 4)
         assert counts(eight) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("verify", [True, False])
+def test_under_autocast_it_is_nn_linear_under_autocast(cast, verify):
+    fake = FakeServer()
+    with in_process(fake) as backend:
+        layer = CloudNPULinear(64, 48, cloud_backend=backend, fallback_local=False, verify=verify)
+        plain = torch.nn.Linear(64, 48)
+        plain.load_state_dict(layer.state_dict())
+        x = torch.randn(5, 64)
+        found = []
+        for each in (layer, plain):
+            own = x.clone().requires_grad_()
+            with torch.autocast("cpu", cast):
+                y = each(own)
+                y.float().square().sum().backward()
+            found.append([y, own.grad, each.weight.grad, each.bias.grad])
+        for one, two in zip(*found, strict=True):
+            assert one.dtype == two.dtype
+            torch.testing.assert_close(one, two, rtol=0.02, atol=0.02)
+        assert torch.equal(found[0][0], found[1][0])
+        assert counts(layer) == (1, 0, 0)
+        assert layer.get_stats()["backward_cloud"] == 1
+        with torch.no_grad(), torch.autocast("cpu", cast):
+            assert torch.equal(layer(x.to(cast)), plain(x.to(cast)))
+        layer(x)  # in fp32 they are other weights, and not in training
+        assert counts(layer) == (3, 0, 0)
+        assert {each.tensors["weight"].dtype for each in fake.held.values()} == {cast, torch.float32}
+
+
+def test_a_backward_under_autocast_that_fails_elsewhere_is_computed_here():
+    fake = FakeServer(fault=lambda path: "fail" if ".bwd" in path else None)
+    with in_process(fake) as backend:
+        layer, x = CloudNPULinear(8, 6, cloud_backend=backend), torch.randn(3, 8, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x).float().sum().backward()
+        torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1), rtol=0.02, atol=0.02)
+        assert layer.get_stats()["backward_local"] == 1
 
 
 def test_counters_are_exact_under_threads():

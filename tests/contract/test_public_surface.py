@@ -39,6 +39,7 @@ HOMES = {
     "apt_model.optimization.fp4_config": ["FP4Config", "QuantizeReport", "Skipped"],
     "apt_model.cloud.manager": ["CloudNPUManager", "CloudReport"],
     "apt_model.cloud.remote_block": ["RemoteBlock"],
+    "apt_model.optimization.remote_layers": ["offload_layers", "recall_layers"],
     "apt_model.optimization.tuning": ["TuneReport", "TunedShape"],
     "apt_model.layers.fp4_experts": ["FP4Experts", "pack_experts", "unpack_experts"],
 }

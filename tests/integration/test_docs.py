@@ -43,6 +43,40 @@ def test_no_block_is_missed(path):
     assert started == len(FENCE.findall(text)), "a block is indented, or its fence carries more than the language"
 
 
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+def broken(text, folder):
+    """Links of a page that lead to no file, or to no heading of one."""
+    found = []
+    for target, anchor in LINK.findall(re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)):
+        path = folder / target
+        if not path.exists():
+            found.append(target)
+        elif anchor and anchor not in headings(path.read_text() if target else text):
+            found.append(f"{target}#{anchor}")
+    return found
+
+
+def headings(text):
+    """As GitHub names them."""
+    lines = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize(
+    "path", [*FILES, *sorted((ROOT / "docs" / "decisions").glob("*.md"))], ids=lambda path: path.name
+)
+def test_links_lead_somewhere(path):
+    assert not broken(path.read_text(), path.parent)
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path):
+    (tmp_path / "there.md").write_text("# One `line` (of it)\n")
+    page = "[a](there.md) [b](there.md#one-line-of-it) [c](gone.md) [d](there.md#two) [e](https://example.org/x)\n"
+    assert broken(page, tmp_path) == ["gone.md", "there.md#two"]
+
+
 def test_a_block_that_fails_is_found_with_its_line(tmp_path):
     page = "Text.\n\n```python\nx = 1\n```\n\nMore.\n\n```python\ny = x\ny / 0\n```\n"
     with pytest.raises(ZeroDivisionError) as caught:
