@@ -23,7 +23,7 @@ from apt_model.cloud.tensors import Weights
 from apt_model.cloud.transport import Request, Transport
 from apt_model.core.errors import CloudError, ConfigError, RefusedError
 
-_HEALTHY_FOR = 30.0  # seconds that an answer about health is believed
+_HEALTHY_FOR, _ILL_FOR = 30.0, 5.0  # seconds that an answer about health is believed, and that there was none
 _PROBE = 5.0
 _JSON = 4096  # bytes that are kept free for a request's JSON and a gateway's headers
 
@@ -116,7 +116,7 @@ class OIPBackend(CloudBackend):
     def health(self, *, fresh: bool = False) -> Health:
         """As `CloudBackend.health`."""
         known = self._health
-        if known is None or fresh or self._clock() - known[0] > _HEALTHY_FOR:
+        if known is None or fresh or self._clock() - known[0] > (_HEALTHY_FOR if known[1].ok else _ILL_FOR):
             known = (self._clock(), self._probed())
             self._health = known
         waits = [each.breaker.closed_in() for each in self.client.endpoints]
@@ -148,13 +148,18 @@ class OIPBackend(CloudBackend):
 
     def limits(self) -> tuple[int, int]:
         """The largest request's and answer's body, in bytes: the gateway's and the server's own, as it said once."""
-        known = self._health[1] if self._health else self.health()
+        known = self._said()
         server = known.max_body or wire.Limits().body_bytes
         return min(self.rules.request_bytes or server, server), min(self.rules.reply_bytes or server, server)
 
+    def _said(self) -> Health:
+        """What the server said of itself; asked again, after a while, where it did not answer."""
+        known = self._health
+        return known[1] if known is not None and known[1].ok else self.health()
+
     def upload_limit(self) -> int:
         """The largest file of weights, in bytes, that the gateway and the server take."""
-        known = self._health[1] if self._health else self.health()
+        known = self._said()
         server = known.max_upload if known.max_upload is not None else self.limits()[0]
         return min(self.rules.request_bytes or server, server)
 

@@ -4,10 +4,11 @@ import threading
 import time
 
 import pytest
-from clouds import CANARY, Clock, bearer
+from clouds import CANARY, Clock, bearer, in_process
 
 from apt_model.cloud.client import DEADLINE_HEADER, Client, Retry, Tally
 from apt_model.cloud.deadline import Deadline
+from apt_model.cloud.fake import Answer, FakeServer
 from apt_model.cloud.transport import Request, Response
 from apt_model.core.errors import CloudError, DeadlineError, RefusedError, WireError
 
@@ -185,3 +186,22 @@ def test_no_error_of_another_kind_leaves_a_probe_behind():
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             asked.ask(GET, Deadline(5, clock))
+
+
+def test_a_server_that_was_down_is_asked_for_its_limits_again():
+    """What it was believed to take in its absence is not believed for good."""
+    fake, clock = FakeServer(max_body=12_000, max_upload=1 << 20), Clock()
+    answer, fake.answer = fake.answer, lambda *_: Answer(503)
+    with in_process(fake, clock=clock, retry=Retry(attempts=1)) as backend:
+        assert not backend.is_available()
+        assert backend.limits()[0] > 12_000
+        fake.answer = answer
+        assert not backend.is_available()
+        clock.sleep(6)
+        assert backend.limits() == (12_000, 12_000)
+        assert backend.upload_limit() == 1 << 20
+        clock.sleep(20)
+        asked = len(fake.requests)
+        assert backend.is_available()  # what it said is believed for longer
+        assert backend.limits() == (12_000, 12_000)
+        assert len(fake.requests) == asked

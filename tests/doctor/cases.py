@@ -337,6 +337,12 @@ def half_a_cloud(machine: Machine):
     machine.environ["RUNPOD_API_KEY"] = "canary-of-a-key"
 
 
+@case("APT-D50", "APT_CLOUD_ENDPOINT is not set", remedy="export APT_CLOUD_ENDPOINT=", severity="warning")
+def own_server_without_an_address(machine: Machine):
+    """A key of one's own server without its address"""
+    machine.environ["APT_CLOUD_API_KEY"] = "canary-of-a-key"
+
+
 @case("APT-D51", "HUAWEI_CLOUD_ENDPOINT does not begin with https", remedy="https://HOST", severity="warning")
 def open_cloud(machine: Machine):
     """A cloud's endpoint over plain HTTP"""

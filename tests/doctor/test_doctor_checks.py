@@ -395,6 +395,11 @@ def test_an_address(machine, address, is_safe):
     assert codes(settings.clouds(machine.system())) == ["APT-D51"] * (not is_safe)
 
 
+def test_a_server_of_ones_own_may_have_no_key(machine):
+    machine.environ |= {"APT_CLOUD_ENDPOINT": "http://localhost:8080"}
+    assert list(settings.clouds(machine.system())) == []
+
+
 def test_an_empty_variable_is_an_unset_one(machine):
     machine.environ |= {"RUNPOD_API_KEY": "", "RUNPOD_ENDPOINT_ID": ""}
     assert list(settings.clouds(machine.system())) == []

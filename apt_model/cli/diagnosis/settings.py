@@ -13,8 +13,10 @@ CLOUDS = {
     "Huawei Cloud": ("HUAWEI_CLOUD_API_KEY", "HUAWEI_CLOUD_ENDPOINT", "HUAWEI_CLOUD_MODEL"),
     "RunPod": ("RUNPOD_API_KEY", "RUNPOD_ENDPOINT_ID"),
     "Salad": ("SALAD_API_KEY", "SALAD_ENDPOINT"),
+    "A server of your own": ("APT_CLOUD_ENDPOINT", "APT_CLOUD_API_KEY"),
 }
 """Service -> the variables that belong together."""
+_OPTIONAL = ("APT_CLOUD_API_KEY",)  # a server on this machine may take calls without one
 _HERE = ("localhost", "127.0.0.1", "::1")
 _DEVICE = re.compile(r"(auto|cpu|cuda|hpu|npu|xpu)(:\d+)?")
 
@@ -23,7 +25,7 @@ def clouds(system: System) -> Iterator[Finding]:
     """Services of which only a part is set, and addresses that are not https."""
     for service, names in CLOUDS.items():
         there = [name for name in names if system.get(name)]
-        lacking = [name for name in names if name not in there]
+        lacking = [name for name in names if name not in (*there, *_OPTIONAL)]
         if there and lacking:
             yield Finding(
                 "APT-D50", "warning", f"{service} cannot be used: {' and '.join(lacking)} {_verb(lacking)} not set",
