@@ -107,6 +107,17 @@ def test_a_head_that_does_not_end(server):
         assert psutil.Process(server[0].pid).is_running()
 
 
+def is_idle(port):
+    """Whether nothing is read or computed, at least after some seconds: a request counts until its answer is sent."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        metrics = over_http(port, "GET", "/metrics")[2]
+        if b"apt_inflight 0" in metrics and b"apt_reading 0" in metrics:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_clients_that_leave(server):
     _, port, tensors = server
     body, headers = request({"x": noise(4000, 16).bfloat16()})
@@ -119,16 +130,10 @@ def test_clients_that_leave(server):
             connection = socket.create_connection((OPEN, port), timeout=10)
             connection.sendall(sent)
             connection.close()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:  # what they asked for is still computed
-        if b"apt_inflight 0" in over_http(port, "GET", "/metrics")[2]:
-            break
-        time.sleep(0.05)
+    assert is_idle(port)
     x = noise(2, 16).bfloat16()
     assert torch.equal(infer(port, x), F.linear(x, **tensors))
-    metrics = over_http(port, "GET", "/metrics")[2].decode()
-    assert "apt_inflight 0" in metrics
-    assert "apt_reading 0" in metrics
+    assert is_idle(port)
 
 
 def test_a_large_body_that_nobody_asked_for(server):

@@ -173,6 +173,7 @@ def test_a_killed_run_that_was_asked_to_stop_leaves_no_file(tmp_path):
 import os, signal, sys
 from apt_model.cli.main import main
 from apt_model.optimization.bench import disk
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 write = disk.Scratch.write
 def stopped(self, size=None):
     taken = write(self, size)

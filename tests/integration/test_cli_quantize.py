@@ -232,9 +232,10 @@ def test_a_bar_moves_on_a_terminal(capsys, monkeypatch):
 
 
 _SLOW = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from apt_model.integrations import quantize_tensors
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 from apt_model.integrations.quantize_files import quantize_folder
 quantize_tensors.SLAB_WEIGHTS = 64
 quantize_folder(Path(sys.argv[1]), Path(sys.argv[2]), on_bytes=lambda *_: (print("x", flush=True), time.sleep(0.01)))
