@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from apt_model.cloud.wire_heads import LONGEST, Known, Texts
 from apt_model.core.errors import WireError
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -28,6 +29,7 @@ _LETTERS = {
     "BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q", "INT8": "b", "INT16": "h", "INT32": "i",
     "INT64": "q", "FP16": "e", "FP32": "f", "FP64": "d",
 }  # fmt: skip
+_ALIGNED = 8  # bytes of the largest element
 _FLOATS = ("FP16", "FP32", "FP64")
 Buffer = bytes | bytearray | memoryview
 
@@ -80,6 +82,9 @@ def encode_request(message: Message, *, plain: bool = False) -> tuple[list[Buffe
         message: what is asked.
         plain: all in JSON, without a word of the extension: for servers that do not have it.
     """
+    said = None if plain or message.parameters else ("request", *_said(message), message.wanted)
+    if said and (text := _TEXTS.find(said, message.id)) is not None:
+        return _joined(text, message.tensors)
     parameters = {**message.parameters} if plain else {**message.parameters, "binary_data_output": message.binary}
     head: dict[str, Any] = {"inputs": [(_in_json if plain else _described)(each) for each in message.tensors]}
     if parameters:
@@ -88,11 +93,16 @@ def encode_request(message: Message, *, plain: bool = False) -> tuple[list[Buffe
         head["id"] = message.id
     if message.wanted:
         head["outputs"] = [{"name": name} for name in message.wanted]
-    return _parts(head, () if plain else message.tensors)
+    return _parts(head, () if plain else message.tensors, said, message.id)
 
 
 def encode_response(message: Message) -> tuple[list[Buffer], int]:
     """The parts of an answer's body, JSON first, and the length of that; with `binary` false all is JSON."""
+    said = None
+    if message.binary and not message.parameters:
+        said = ("answer", *_said(message), message.model, message.version)
+        if (text := _TEXTS.find(said, message.id)) is not None:
+            return _joined(text, message.tensors)
     head: dict[str, Any] = {"model_name": message.model, "outputs": []}
     if message.version is not None:
         head["model_version"] = message.version
@@ -102,7 +112,7 @@ def encode_response(message: Message) -> tuple[list[Buffer], int]:
         head["parameters"] = dict(message.parameters)
     if message.binary:
         head["outputs"] = [_described(each) for each in message.tensors]
-        return _parts(head, message.tensors)
+        return _parts(head, message.tensors, said, message.id)
     head["outputs"] = [_in_json(each) for each in message.tensors]
     return _parts(head, ())
 
@@ -118,7 +128,52 @@ def decode_request(body: Buffer, json_length: int | None, limits: Limits) -> Mes
     Raises:
         WireError: what was expected, and what came.
     """
-    head, rest = _split(body, json_length, limits)
+    return _decoded(body, json_length, limits, "inputs")
+
+
+def decode_response(body: Buffer, json_length: int | None, limits: Limits) -> Message:
+    """An answer's message; as `decode_request`."""
+    return _decoded(body, json_length, limits, "outputs")
+
+
+def _decoded(body: Buffer, json_length: int | None, limits: Limits, key: str) -> Message:
+    """A message whose tensors are `key`; one that came before with another id is not read again."""
+    text, rest = _split(body, json_length, limits)
+    line = bytes(text) if json_length is not None and json_length <= LONGEST else b""
+    more = (key, limits.tensors, limits.rank, limits.elements, limits.name_bytes)
+    known, identity = _KNOWN.find(line, more)
+    if known is not None and known.nbytes == rest.nbytes:
+        return known.message(identity, rest)
+    head = _loaded(text)
+    message = _request(head, rest, limits) if key == "inputs" else _answer(head, rest, limits)
+    layout = _Layout(message)
+    if layout.nbytes == rest.nbytes:  # no numbers in the JSON
+        _KNOWN.keep(line, more, message.id, layout)
+    return message
+
+
+class _Layout:
+    """A message without its id and its tensors' bytes, which lie one after another."""
+
+    def __init__(self, message: Message) -> None:
+        self.nbytes, self._tensors = 0, []
+        for each in message.tensors:
+            end = self.nbytes + memoryview(each.data).nbytes
+            self._tensors.append((each.name, each.datatype, each.shape, slice(self.nbytes, end)))
+            self.nbytes = end
+        self._parameters, self._wanted, self._binary = message.parameters, message.wanted, message.binary
+        self._model, self._version = message.model, message.version
+
+    def message(self, identity: str | None, rest: memoryview) -> Message:
+        """The same with others."""
+        tensors = tuple(WireTensor(name, kind, shape, rest[place]) for name, kind, shape, place in self._tensors)
+        return Message(
+            tensors=tensors, id=identity, parameters=self._parameters, wanted=self._wanted, binary=self._binary,
+            model=self._model, version=self._version,
+        )  # fmt: skip
+
+
+def _request(head: dict[str, Any], rest: memoryview, limits: Limits) -> Message:
     parameters = _parameters(head)
     asked = head.get("outputs")
     outputs = [_object(each, "an output") for each in _array([] if asked is None else asked, "outputs", limits)]
@@ -133,9 +188,7 @@ def decode_request(body: Buffer, json_length: int | None, limits: Limits) -> Mes
     )  # fmt: skip
 
 
-def decode_response(body: Buffer, json_length: int | None, limits: Limits) -> Message:
-    """An answer's message; as `decode_request`."""
-    head, rest = _split(body, json_length, limits)
+def _answer(head: dict[str, Any], rest: memoryview, limits: Limits) -> Message:
     return Message(
         tensors=_tensors(head, "outputs", rest, limits), id=_text(head, "id"), model=_text(head, "model_name"),
         version=_text(head, "model_version"), parameters=_parameters(head),
@@ -168,13 +221,29 @@ def _in_json(tensor: WireTensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _parts(head: dict[str, Any], tensors: Sequence[WireTensor]) -> tuple[list[Buffer], int]:
+def _said(message: Message) -> tuple[object, ...]:
+    """What a head says of tensors and wishes, beside the id."""
+    return (message.binary, *((each.name, each.datatype, each.shape) for each in message.tensors))
+
+
+def _parts(
+    head: dict[str, Any], tensors: Sequence[WireTensor], said: object = None, identity: str | None = None
+) -> tuple[list[Buffer], int]:
     text = _ENCODER.encode(head).encode()
+    if said is not None:
+        _TEXTS.keep(said, identity, text)
+    return _joined(text, tensors)
+
+
+def _joined(text: bytes, tensors: Sequence[WireTensor]) -> tuple[list[Buffer], int]:
+    """JSON, and tensors behind it that begin where memory may be used as it is."""
+    if tensors:
+        text += b" " * (-len(text) % _ALIGNED)
     return [text, *(each.data for each in tensors)], len(text)
 
 
-def _split(body: Buffer, json_length: int | None, limits: Limits) -> tuple[dict[str, Any], memoryview]:
-    """The JSON, and the bytes after it."""
+def _split(body: Buffer, json_length: int | None, limits: Limits) -> tuple[memoryview, memoryview]:
+    """The JSON's text, and the bytes after it."""
     view = memoryview(body)
     if view.nbytes > limits.body_bytes:
         raise WireError(f"expected a body of at most {limits.body_bytes} bytes, got {view.nbytes}")
@@ -182,13 +251,17 @@ def _split(body: Buffer, json_length: int | None, limits: Limits) -> tuple[dict[
     most = limits.body_bytes if json_length is None else limits.json_bytes
     if not 0 < length <= min(most, view.nbytes):
         raise WireError(f"expected JSON of 1 to {min(most, view.nbytes)} bytes, got {length} of {view.nbytes}")
+    return view[:length], view[length:]
+
+
+def _loaded(text: memoryview) -> dict[str, Any]:
     try:
-        head = _DECODER.decode(str(view[:length], "utf-8"))
+        head = _DECODER.decode(str(text, "utf-8"))
     except RecursionError:
         raise WireError("expected JSON of a few levels, got one nested beyond all bounds") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of thousands of digits
         raise WireError(f"expected JSON, got {type(error).__name__}: {str(error)[:100]}") from None
-    return _object(head, "the message"), view[length:]
+    return _object(head, "the message")
 
 
 def _no_constant(name: str) -> Any:
@@ -197,6 +270,8 @@ def _no_constant(name: str) -> Any:
 
 # Made once: a message is small, and making these takes longer than their work.
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_KNOWN: Known["_Layout"] = Known()
+_TEXTS = Texts()
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
