@@ -161,8 +161,8 @@ class HttpTransport:
 
     def _write(self, sock: socket.socket, request: Request, end: float) -> OSError | None:
         """Send all; where the other side stops listening, it may have answered already: that error is returned."""
-        parts = (view for view in map(memoryview, request.parts) if view.nbytes)
-        waiting = [memoryview(self._head(request)), *(view.cast("B") for view in parts)]
+        parts = [memoryview(part) for part in request.parts]
+        waiting = [memoryview(self._head(request)), *(part.cast("B") for part in parts if part.nbytes)]
         if self._is_tls:
             waiting = _records(waiting)
         try:

@@ -49,7 +49,7 @@ from apt_model.cloud.server.store import Store  # noqa: E402
 from apt_model.cloud.tensors import to_wire  # noqa: E402
 from apt_model.optimization import CloudNPULinear  # noqa: E402
 
-WIDTH = 64  # narrow, so that the product is short beside the bytes
+WIDTH = 16  # narrow, so that the product is short beside the bytes
 SIZES = {"8 KiB": 8 << 10, "1 MiB": 1 << 20}
 CALLS = {"8 KiB": 100, "1 MiB": 20}  # of an arm in a round
 REMOTE = ("echo", "server", "client", "layer", "triton")
