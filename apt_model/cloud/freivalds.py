@@ -9,6 +9,7 @@ What rounding may do follows in part from the answer, so that an answer which is
 no element may be larger than |x| |w| + |b|, and answers in 8 bits, whose scales can be wrong, are folded several times.
 """
 
+import functools
 import secrets
 
 import torch
@@ -43,7 +44,7 @@ class Freivalds:
     ) -> None:
         self._others = [Freivalds(weight, bias, fold=fold) for _ in range(repeats - 1)]
         out, is_wide = weight.shape[0], weight.dtype == torch.float32
-        fold = fold or (256 if is_wide else 64)
+        fold = fold or min(256 if is_wide else 64, max(out, 1))
         # Beside 16 bits fp32 is exact enough; beside fp32 it is not.
         self._dtype = torch.float64 if is_wide else torch.float32
         weight = weight.detach().cpu().double()
@@ -58,43 +59,48 @@ class Freivalds:
         self._narrow_signs = self._grouped(self._signs).float()
         self._folded = self._grouped(weight.T * self._signs).sum(-1).to(self._dtype)  # [in, folds]
         lengths = torch.linalg.vector_norm(weight, dim=1)
-        self._most = lengths.float()
+        self._most = lengths.float() * _LARGEST
         self._length = torch.linalg.vector_norm(self._grouped(lengths), dim=-1).to(self._dtype)  # [folds]
-        self._bias: Tensor | float = 0.0
-        self._bias_length: Tensor | float = 0.0
-        self._most_bias: Tensor | float = 0.0
-        if bias is not None:
-            bias = bias.detach().cpu().double()
-            self._most_bias = bias.abs().float()
-            self._bias = self._grouped(bias * self._signs).sum(-1).to(self._dtype)
-            self._bias_length = torch.linalg.vector_norm(self._grouped(bias), dim=-1).to(self._dtype)
+        bias = torch.zeros(out, dtype=torch.float64) if bias is None else bias.detach().cpu().double()
+        self._most_bias = bias.abs().float() * _LARGEST
+        self._bias = self._grouped(bias * self._signs).sum(-1).to(self._dtype)
+        self._bias_length = torch.linalg.vector_norm(self._grouped(bias), dim=-1).to(self._dtype)
 
-    # Its sums are in types of their own, which autocast knows nothing of.
-    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def wrong(self, x: Tensor, y: Tensor, *, int8: bool = False) -> Tensor:
         """Which tokens of y [tokens, out] are not x [tokens, in]'s product: bool [tokens].
 
         A token whose x is not finite is not judged; one whose y alone is not finite is wrong. `int8`: y came in
         int8g64, and x is what the server read.
         """
-        exact, found = x.to(self._dtype), self._grouped(y.float())
-        expected = exact @ self._folded + self._bias
-        off = (torch.einsum("tgf,gf->tg", found, self._narrow_signs) - expected).abs_()
+        if not torch.is_autocast_enabled("cpu"):
+            return self._wrong(x, y, int8=int8)
+        with torch.autocast("cpu", enabled=False):  # its sums are in types of their own
+            return self._wrong(x, y, int8=int8)
+
+    def _wrong(self, x: Tensor, y: Tensor, *, int8: bool) -> Tensor:
+        wide, exact = y.float(), x.to(self._dtype)
+        found = self._grouped(wide)
+        off = torch.addmm(self._bias, exact, self._folded).sub_(self._sums(found)).abs_()
         lengths = torch.linalg.vector_norm(found, dim=-1)
         width = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         # Variances of what rounding does, in each fold.
-        least = torch.finfo(y.dtype).tiny * torch.finfo(y.dtype).eps  # what an answer of next to nothing is rounded by
-        allowed = (lengths * _ROUNDING[y.dtype]).square_() / 3 + self._fold * least**2
-        allowed = allowed + ((width * self._length + self._bias_length) * _ACCUMULATION).square_()
+        least, rounding = _least(y.dtype), _ROUNDING[y.dtype] ** 2 / 3
+        allowed = (width * self._length).add_(self._bias_length).mul_(_ACCUMULATION).square_()
+        allowed = allowed.add_(lengths.square(), alpha=rounding).add_(self._fold * least**2)
         if int8:
-            allowed += self._int8_variance(y.float())
-        bad = ~(off <= _SIGMAS * allowed.sqrt_()).all(-1)
-        bad |= ~torch.isfinite(lengths).all(-1)
-        most = (width.float() * self._most + self._most_bias) * _LARGEST + least
-        bad |= (y.float().abs() > most).any(-1)
+            allowed += self._int8_variance(wide)
+        good = (off <= allowed.sqrt_().mul_(_SIGMAS)).logical_and_(lengths.isfinite()).all(-1)
+        most = torch.addcmul(self._most_bias + least, width.float(), self._most)
+        bad = (wide.abs() > most).any(-1).logical_or_(~good)
         for each in self._others:
-            bad |= each.wrong(x, y, int8=int8)
-        return bad & torch.isfinite(width[:, 0])
+            bad |= each._wrong(x, y, int8=int8)  # noqa: SLF001 - another of these
+        return bad.logical_and_(width[:, 0].isfinite())
+
+    def _sums(self, found: Tensor) -> Tensor:
+        """[tokens, folds, fold], each fold times its numbers: [tokens, folds]."""
+        if found.shape[1] == 1:
+            return torch.mv(found[:, 0], self._narrow_signs[0])[:, None]
+        return torch.bmm(found.transpose(0, 1), self._narrow_signs[..., None])[..., 0].T
 
     def check(self, x: Tensor, y: Tensor, who: str, *, int8: bool = False) -> None:
         """`IntegrityError` where a token is wrong."""
@@ -112,4 +118,13 @@ class Freivalds:
 
     def _grouped(self, values: Tensor) -> Tensor:
         """[..., out] as [..., folds, fold], with zeros after the last."""
-        return torch.nn.functional.pad(values, (0, self._short)).unflatten(-1, (-1, self._fold))
+        if self._short:
+            values = torch.nn.functional.pad(values, (0, self._short))
+        return values.view(*values.shape[:-1], -1, self._fold)
+
+
+@functools.cache
+def _least(dtype: torch.dtype) -> float:
+    """What an answer of next to nothing is rounded by."""
+    about = torch.finfo(dtype)
+    return about.tiny * about.eps

@@ -6,23 +6,25 @@ exchange, however slowly the other side speaks.
 
 import collections
 import http.client
-import io
-import ipaddress
 import os
+import re
 import select
 import socket
 import ssl
 import time
-from typing import Any
-from urllib.parse import urlsplit
 
+from apt_model.cloud.address import parsed, shown
+from apt_model.cloud.http_answer import FIRST, answer_from, head_of, left_until
 from apt_model.cloud.secret import Auth
 from apt_model.cloud.transport import Request, Response, check_length
-from apt_model.core.errors import CloudError, ConfigError, DeadlineError, RefusedError, WireError
+from apt_model.core.errors import CloudError, DeadlineError, RefusedError, WireError
 
 _IDLE = 30.0  # seconds after which a connection is not trusted to be open any more
 _KEPT = 16
 _PIECE = 1 << 20  # what is written to TLS at once, so that the deadline is seen between
+_TOGETHER = 64  # buffers that are written at once
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_NO_NAME = re.compile(r"[:\s]")
 _NAMES = "give the address that the certificate is for, or have one issued for this name"
 _CERTIFICATES = {62: _NAMES, 64: _NAMES, 9: "see that this machine's clock is right", 10: "renew it, or set the clock"}
 """What to do, by OpenSSL's number: another host's name or address, not yet valid, expired."""
@@ -45,8 +47,12 @@ class HttpTransport:
     def __init__(
         self, url: str, *, auth: Auth | None = None, connect_timeout: float = 5.0, context: ssl.SSLContext | None = None
     ) -> None:
-        self._host, self._port, self._is_tls, self._prefix = _parsed(url)
-        self.name = _address(self._is_tls, self._host, self._port) + self._prefix
+        self._host, self._port, self._is_tls, self._prefix = parsed(url)
+        self.name = shown(self._is_tls, self._host, self._port) + self._prefix
+        port = "" if self._port == (443 if self._is_tls else 80) else f":{self._port}"
+        self._hello = (
+            f"Host: {f'[{self._host}]' if ':' in self._host else self._host}{port}\r\nAccept-Encoding: identity"
+        )
         self._auth = auth
         self._connect_timeout = connect_timeout
         self._context = context
@@ -135,25 +141,15 @@ class HttpTransport:
         keep = False
         try:
             sock: socket.socket = connection.sock
-            sock.settimeout(_left(end))
-            broken = self._write(connection, request, end)
-            connection.response_class = _answers_until(end)
+            broken = self._write(sock, request, end)
             try:
-                answer = connection.getresponse()
+                response, is_open = self._answer(sock, request, end)
             except (OSError, http.client.HTTPException):
                 if broken is not None:
                     raise broken from None
                 raise
-            if 300 <= answer.status < 400:
-                raise RefusedError(
-                    f"{self.name} answers with a redirect ({answer.status}), which is not followed: a key goes to the "
-                    "host it was given for alone",
-                    remedy="give the address that it leads to, if it is one to trust",
-                )
-            body = self._read(answer, request)
-            keep = broken is None and not answer.will_close and not self._closed
-            headers = {name.lower(): value for name, value in answer.headers.items()}
-            return Response(status=answer.status, headers=headers, body=body)
+            keep = broken is None and is_open and not self._closed
+            return response
         finally:
             self._busy.discard(connection)
             if keep and len(self._idle) < _KEPT:
@@ -163,26 +159,80 @@ class HttpTransport:
             else:
                 connection.close()
 
-    def _write(self, connection: http.client.HTTPConnection, request: Request, end: float) -> OSError | None:
+    def _write(self, sock: socket.socket, request: Request, end: float) -> OSError | None:
         """Send all; where the other side stops listening, it may have answered already: that error is returned."""
-        connection.putrequest(request.method, self._prefix + request.path)
-        if request.parts or request.method in ("POST", "PUT"):
-            connection.putheader("Content-Length", str(request.length))
-        for name, value in request.headers.items():
-            connection.putheader(name, value)
-        if self._auth is not None:
-            connection.putheader(*self._auth.pair())
+        parts = [memoryview(part) for part in request.parts]
+        waiting = [memoryview(self._head(request)), *(part.cast("B") for part in parts if part.nbytes)]
+        if self._is_tls:
+            waiting = _records(waiting)
         try:
-            connection.endheaders()
-            for part in request.parts:
-                view = memoryview(part).cast("B") if memoryview(part).nbytes else memoryview(b"")
-                step = _PIECE if self._is_tls else max(view.nbytes, 1)
-                for start in range(0, view.nbytes, step):
-                    connection.sock.settimeout(_left(end))
-                    connection.sock.sendall(view[start : start + step])
+            while waiting:
+                sock.settimeout(left_until(end))
+                if self._is_tls:
+                    sock.sendall(waiting.pop(0))
+                    continue
+                sent = sock.sendmsg(waiting[:_TOGETHER])
+                while waiting and sent >= waiting[0].nbytes:
+                    sent -= waiting.pop(0).nbytes
+                if sent:
+                    waiting[0] = waiting[0][sent:]
         except (BrokenPipeError, ConnectionResetError) as error:
             return error
         return None
+
+    def _head(self, request: Request) -> bytes:
+        """A request's head; `ValueError` where something would begin another line of it."""
+        headers = dict(request.headers)
+        if request.parts or request.method in ("POST", "PUT"):
+            headers["Content-Length"] = str(request.length)
+        if self._auth is not None:
+            name, value = self._auth.pair()
+            headers[name] = value
+        path = self._prefix + request.path
+        lines = [f"{request.method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        if " " in path or _CONTROL.search("".join(lines)) or any(map(_NO_NAME.search, headers)):
+            raise ValueError("a request's head has a character that it may not have")
+        lines.insert(1, self._hello)
+        return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+
+    def _answer(self, sock: socket.socket, request: Request, end: float) -> tuple[Response, bool]:
+        """What came back, and whether the connection stays open after it."""
+        sock.settimeout(left_until(end))
+        first = sock.recv(FIRST)
+        head = head_of(first) if request.method != "HEAD" else None
+        if head is None:
+            return self._unusual(first, sock, request, end)
+        self._no_redirect(head.status)
+        check_length(request, head.length, self.name)
+        body = bytearray(head.length)
+        view, place = memoryview(body), min(len(first) - head.size, head.length)
+        view[:place] = memoryview(first)[head.size : head.size + place]
+        while place < head.length:
+            sock.settimeout(left_until(end))
+            count = sock.recv_into(view[place:])
+            if not count:
+                raise WireError(f"{self.name}: the answer ends after {place} of {head.length} bytes")
+            place += count
+        is_whole = len(first) <= head.size + head.length  # who speaks unasked is not listened to any more
+        return Response(status=head.status, headers=head.headers, body=body), is_whole and not head.will_close
+
+    def _unusual(self, first: bytes, sock: socket.socket, request: Request, end: float) -> tuple[Response, bool]:
+        answer = answer_from(first, sock, end, request.method)
+        try:
+            self._no_redirect(answer.status)
+            body = self._read(answer, request)
+            headers = {name.lower(): value for name, value in answer.headers.items()}
+            return Response(status=answer.status, headers=headers, body=body), not answer.will_close
+        finally:
+            answer.close()
+
+    def _no_redirect(self, status: int) -> None:
+        if 300 <= status < 400:
+            raise RefusedError(
+                f"{self.name} answers with a redirect ({status}), which is not followed: a key goes to the host it "
+                "was given for alone",
+                remedy="give the address that it leads to, if it is one to trust",
+            )
 
     def _read(self, answer: http.client.HTTPResponse, request: Request) -> bytearray:
         length = answer.length
@@ -199,7 +249,6 @@ class HttpTransport:
             place += count
         if place < length:
             raise WireError(f"{self.name}: the answer ends after {place} of {length} bytes")
-        answer.close()
         return body
 
     def _mapped(self, error: Exception) -> CloudError:
@@ -217,49 +266,11 @@ class HttpTransport:
         return CloudError(f"{self.name} cannot be reached: {_words(error)}")
 
 
-class _Timed(io.RawIOBase):
-    """What an answer is read from: a socket whose every wait ends at one moment."""
-
-    def __init__(self, sock: socket.socket, end: float) -> None:
-        self._sock, self._end = sock, end
-        self._raw = sock.makefile("rb", buffering=0)  # keeps the socket open until the answer is read
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(_left(self._end))
-        return self._raw.readinto(buffer) or 0
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Until:
-    """Stands for a socket where `HTTPResponse` makes a file of it."""
-
-    def __init__(self, sock: socket.socket, end: float) -> None:
-        self._sock, self._end = sock, end
-
-    def makefile(self, _: str) -> io.BufferedReader:
-        return io.BufferedReader(_Timed(self._sock, self._end), 1 << 16)
-
-
-def _answers_until(end: float) -> Any:
-    """What makes an `HTTPResponse` that is read until a moment."""
-
-    def make(sock: socket.socket, *, method: str | None = None) -> http.client.HTTPResponse:
-        return http.client.HTTPResponse(_Until(sock, end), method=method)  # type: ignore[arg-type]
-
-    return make
-
-
-def _left(end: float) -> float:
-    left = end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
+def _records(pieces: list[memoryview]) -> list[memoryview]:
+    """The same bytes as TLS takes them: what is short goes together, what is long in pieces."""
+    if sum(piece.nbytes for piece in pieces) <= FIRST:
+        return [memoryview(b"".join(pieces))]
+    return [piece[start : start + _PIECE] for piece in pieces for start in range(0, piece.nbytes, _PIECE)]
 
 
 def _is_quiet(connection: http.client.HTTPConnection) -> bool:
@@ -281,39 +292,3 @@ def _cut(connection: http.client.HTTPConnection) -> None:
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:200]
-
-
-def _parsed(url: str) -> tuple[str, int, bool, str]:
-    """Host, port, whether it is TLS, and the path without its last slash."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, parts, port = None, urlsplit(""), None
-    if parts.scheme not in ("https", "http") or not host or any(ord(letter) <= 32 for letter in url):
-        raise ConfigError(
-            "expected an address like https://HOST/PATH, got something else", remedy="its value is hidden"
-        )
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ConfigError(
-            f"{host}: expected an address without a user, a query and a fragment", remedy="the key is given by itself"
-        )
-    if parts.scheme == "http" and not is_here(host):
-        raise ConfigError(f"http://{host}: plain HTTP goes to this machine alone", remedy=f"https://{host}")
-    return host, port or (443 if parts.scheme == "https" else 80), parts.scheme == "https", parts.path.rstrip("/")
-
-
-def is_here(host: str) -> bool:
-    """Whether a host is this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _address(is_tls: bool, host: str, port: int) -> str:
-    shown = f"[{host}]" if ":" in host else host
-    usual = port == (443 if is_tls else 80)
-    return f"http{'s' if is_tls else ''}://{shown}{'' if usual else f':{port}'}"

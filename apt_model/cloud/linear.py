@@ -8,7 +8,9 @@ step would send all of them; otherwise changed weights are pushed again. A chang
 `refresh()`. Under autocast the product is that of the weights in autocast's type, which are other weights too.
 """
 
+import contextlib
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -110,9 +112,12 @@ class CloudNPULinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """X [..., in] to y [..., out]."""
-        return self._forward(input)
+        return self._not_compiled(input) if torch.compiler.is_compiling() else self._forward(input)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _not_compiled(self, x: Tensor) -> Tensor:
+        return self._forward(x)
+
     def _forward(self, x: Tensor) -> Tensor:
         offload = self._offload
         cast, known = _cast_of(x), None
@@ -124,8 +129,8 @@ class CloudNPULinear(nn.Linear):
 
         def elsewhere(tally: Tally) -> Tensor:
             assert known is not None
-            with torch.autocast(x.device.type, enabled=False):
-                if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *self.parameters())):
+            with _no_autocast(x.device.type):
+                if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *self._held())):
                     weight, bias = (each if each is None else each.to(sent.dtype) for each in (self.weight, self.bias))
                     found: Tensor = _Elsewhere.apply(sent, weight, bias, offload, known, tally)  # type: ignore[no-untyped-call]
                     return found
@@ -165,9 +170,15 @@ class CloudNPULinear(nn.Linear):
             return "shape, type or device"
         return None
 
+    def _held(self) -> Iterable[Tensor]:
+        """The parameters; those of a layer as it was made are found without a search."""
+        if self._modules:
+            return self.parameters()
+        return [each for each in self._parameters.values() if each is not None]
+
     def _current(self, cast: torch.dtype | None = None, *, push: bool = False) -> tuple[_Pushed | None, str | None]:
         """The weights as they are now and autocast has them, as a server knows them, or why they stay here."""
-        key = tuple((id(each), each._version, each.data_ptr()) for each in self.parameters())  # noqa: SLF001 - torch's counter of changes
+        key = tuple((id(each), each._version, each.data_ptr()) for each in self._held())  # noqa: SLF001 - torch's counter of changes
         known = self._known
         if known is not None and known.key == key and known.cast == cast:
             return known, None
@@ -186,6 +197,10 @@ def _cast_of(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return cast if x.dtype in ACTIVATIONS else None
+
+
+def _no_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 class _Guard:

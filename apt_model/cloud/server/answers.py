@@ -12,7 +12,7 @@ Answer = tuple[list[Buffer], int]
 
 class _Entry(NamedTuple):
     body: memoryview
-    answer: "asyncio.Future[Answer]"
+    answer: "asyncio.Future[Answer] | Answer"
     nbytes: int
 
 
@@ -27,8 +27,8 @@ class Answers:
         self._most, self._held = most, 0
         self._entries: OrderedDict[tuple[str, ...], _Entry] = OrderedDict()
 
-    def find(self, key: tuple[str, ...], body: memoryview) -> "asyncio.Future[Answer] | None":
-        """The answer to the same request, which may still be computed."""
+    def find(self, key: tuple[str, ...], body: memoryview) -> "asyncio.Future[Answer] | Answer | None":
+        """The answer to the same request; a future where it is still computed, or was until lately."""
         entry = self._entries.get(key)
         return entry.answer if entry is not None and entry.body == body else None
 
@@ -40,6 +40,16 @@ class Answers:
         self._entries[key] = entry = _Entry(body, answer, body.nbytes)
         self._held += entry.nbytes
         answer.add_done_callback(lambda done: self._settle(key, entry, done))
+        self._shrink()
+
+    def keep(self, key: tuple[str, ...], body: memoryview, answer: Answer) -> None:
+        """Remember what was computed at once."""
+        if body.nbytes * 2 > self._most:
+            return
+        self._forget(key)
+        nbytes = body.nbytes + sum(memoryview(part).nbytes for part in answer[0])
+        self._entries[key] = _Entry(body, answer, nbytes)
+        self._held += nbytes
         self._shrink()
 
     def _settle(self, key: tuple[str, ...], entry: _Entry, done: "asyncio.Future[Answer]") -> None:

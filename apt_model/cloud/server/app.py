@@ -47,6 +47,7 @@ class Application:
         self._started = load is None
         self.failed: BaseException | None = None
         """Why the models could not be brought."""
+        self._limits = config.limits
         self._answers = Answers(config.max_cached)
         self._readings = Readings(config)
         self._pool = ThreadPoolExecutor(config.workers, "apt-serve")
@@ -201,13 +202,13 @@ class Application:
         if self.metrics.inflight >= config.max_inflight:
             raise busy(f"{config.max_inflight} forwards wait or run already")
         body = await self._body(exchange, length, json_length or 0)
-        decode = functools.partial(decode_request, body, json_length, config.limits)
+        decode = functools.partial(decode_request, body, json_length, self._limits)
         message = decode() if json_length is not None else await self._in_pool(decode)
         key = (model.name, model.version, str(backward), message.id or "")
         found = self._answers.find(key, body) if message.id else None
         if found is not None:
             self.metrics.repeated += 1
-            made = await asyncio.shield(found)
+            made = found if isinstance(found, tuple) else await asyncio.shield(found)
         else:
             made = await self._compute(model, message, key, body, backward=backward, deadline=deadline)
         parts, head = made
@@ -226,17 +227,12 @@ class Application:
             answer, model, message, backward=backward, max_answer=self.config.max_body, deadline=deadline
         )
         if is_small(model, message):
-            future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+            made = work()
             if message.id:
-                self._answers.begin(key, body, future)
-            try:
-                future.set_result(work())
-            except BaseException:
-                future.cancel()
-                raise
-            return future.result()
+                self._answers.keep(key, body, made)
+            return made
         self.metrics.inflight += 1
-        future = asyncio.ensure_future(self._in_pool(work))
+        future: asyncio.Future[Answer] = asyncio.ensure_future(self._in_pool(work))
         future.add_done_callback(self._done)
         if message.id:
             self._answers.begin(key, body, future)

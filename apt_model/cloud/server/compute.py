@@ -3,7 +3,6 @@
 import contextlib
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_model.cloud import int8g64
-from apt_model.cloud.server.blocks import Port
+from apt_model.cloud.server.blocks import Block, Port
 from apt_model.cloud.server.models import BACKWARD, Model
 from apt_model.cloud.server.refusal import Refusal
 from apt_model.cloud.server.tensors import FLOATS
@@ -38,7 +37,7 @@ def answer(
         raise InputError(f"parameter wire: expected {' or '.join(int8g64.WIRES)}, got {wire!r}"[:300])
     _check_wanted(message, "dx" if backward else "y", wire)
     block = model.block
-    tensors = _unpacked(message.tensors, {port.name: port for port in (*block.inputs, _gradient(block.y))}, wire)
+    tensors = _unpacked(message.tensors, block, wire)
     dy = tensors.pop("dy", None)
     block.refuse(tensors)
     _check_size(block.answer_elements(tuple(tensors["x"].shape)), tensors["x"], message, max_answer, wire)
@@ -54,7 +53,9 @@ def answer(
             found = ("dx", block.backward(there, dy.to(model.device)).cpu())
         else:
             found = ("y", block.forward(there).cpu())
-    padded = any(each.name == "x_q" and each.shape[-1] > block.x.shape[-1] for each in message.tensors)
+    padded = wire != "exact" and any(
+        each.name == "x_q" and each.shape[-1] > block.x.shape[-1] for each in message.tensors
+    )
     answered = Message(
         tensors=_packed(*found, wire, padded=padded), id=message.id, binary=message.binary, version=model.version,
         model=model.name + (BACKWARD if backward else ""), parameters={} if wire == "exact" else {"wire": wire},
@@ -93,7 +94,7 @@ def describe(model: Model, versions: list[str], *, backward: bool) -> dict[str, 
     }  # fmt: skip
 
 
-def _unpacked(tensors: tuple[WireTensor, ...], ports: Mapping[str, Port], wire: str) -> dict[str, Tensor]:
+def _unpacked(tensors: tuple[WireTensor, ...], block: Block, wire: str) -> dict[str, Tensor]:
     """The tensors by name; with int8g64 each pair `n_q` and `n_scale` is `n`."""
     for each in tensors:
         if each.datatype not in DTYPES:
@@ -101,7 +102,8 @@ def _unpacked(tensors: tuple[WireTensor, ...], ports: Mapping[str, Port], wire: 
     found = {each.name: as_tensor(each) for each in tensors}
     if wire == "exact":
         return found
-    for name, port in ports.items():
+    for port in (*block.inputs, _gradient(block.y)):
+        name = port.name
         q, scale = found.pop(f"{name}_q", None), found.pop(f"{name}_scale", None)
         if q is None and scale is None:
             continue

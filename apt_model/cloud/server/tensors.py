@@ -6,9 +6,12 @@ from apt_model.core.tensor_io import as_bytes
 
 FLOATS = ("FP16", "BF16", "FP32")
 _ALIGNMENT = 64
+_SHORT = 1 << 16
 
 
 def body_buffer(nbytes: int, json_length: int) -> memoryview:
     """Memory for a body, placed so that what follows its JSON is aligned. Pages come as bytes arrive."""
     lead = -json_length % _ALIGNMENT
+    if nbytes <= _SHORT:
+        return memoryview(bytearray(lead + nbytes))[lead:]  # aligned enough, and made sooner
     return as_bytes(torch.empty(lead + nbytes, dtype=torch.uint8))[lead:]
