@@ -6,7 +6,10 @@ of the product: so that one wrong element stands out of the rounding of few othe
 secret. (R. Freivalds, "Probabilistic machines can use less running time", IFIP 1977.)
 
 What rounding may do follows in part from the answer, so that an answer which is wrong by a factor allows itself more:
-no element may be larger than |x| |w| + |b|, and answers in 8 bits, whose scales can be wrong, are folded several times.
+no element may be larger than |x| |w| + |b|.
+
+One fold lets an error of many elements pass where its sum happens to be near 0: about once in a hundred for an input of
+which a bit came wrong, at 100 times what rounding may do. So there are several folds, each with numbers of its own.
 """
 
 import functools
@@ -25,8 +28,8 @@ _ACCUMULATION = 2.0**-22  # of products added in fp32, relative to |x| |w|
 _INT8_STEP = 1 / 127
 # Of |x| |w| + |b|, which no element of a product exceeds: rounding to 8 bits and the like included.
 _LARGEST = 1.05
-INT8_FOLDS = 4
-"""Independent folds for answers in 8 bits: one alone misses a doubled scale in about six of a hundred."""
+REPEATS, INT8_REPEATS = 3, 4
+"""Independent folds, and those of answers in 8 bits: one alone misses a doubled scale in about six of a hundred."""
 
 
 class Freivalds:
@@ -40,9 +43,8 @@ class Freivalds:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, fold: int | None = None, repeats: int = 1
+        self, weight: Tensor, bias: Tensor | None = None, *, fold: int | None = None, repeats: int = REPEATS
     ) -> None:
-        self._others = [Freivalds(weight, bias, fold=fold) for _ in range(repeats - 1)]
         out, is_wide = weight.shape[0], weight.dtype == torch.float32
         fold = fold or min(256 if is_wide else 64, max(out, 1))
         # Beside 16 bits fp32 is exact enough; beside fp32 it is not.
@@ -51,19 +53,19 @@ class Freivalds:
         generator = torch.Generator().manual_seed(secrets.randbits(63))
         self._short = -out % fold
         self._fold = fold
-        self._signs = torch.randint(0, 2, (out,), generator=generator).double().mul_(2).sub_(1)
+        signs = torch.randint(0, 2, (repeats, out), generator=generator).double().mul_(2).sub_(1)
         # Of lengths 3/4 to 5/4: signs alone cancel each other where every element is off by the same. With 8 bits each,
         # so that products with values of 16 bits are exact.
-        lengths = torch.rand(out, generator=generator, dtype=torch.float64) / 2 + 0.75
-        self._signs *= lengths if is_wide else (lengths * 128).round_() / 128
-        self._narrow_signs = self._grouped(self._signs).float()
-        self._folded = self._grouped(weight.T * self._signs).sum(-1).to(self._dtype)  # [in, folds]
+        lengths = torch.rand(repeats, out, generator=generator, dtype=torch.float64) / 2 + 0.75
+        signs *= lengths.float().double() if is_wide else (lengths * 128).round_() / 128
+        self._numbers = self._grouped(signs).to(self._dtype).permute(1, 2, 0).contiguous()  # [folds, fold, repeats]
+        self._folded = self._sum(weight.T, signs)  # [in, folds * repeats]
         lengths = torch.linalg.vector_norm(weight, dim=1)
         self._most = lengths.float() * _LARGEST
         self._length = torch.linalg.vector_norm(self._grouped(lengths), dim=-1).to(self._dtype)  # [folds]
         bias = torch.zeros(out, dtype=torch.float64) if bias is None else bias.detach().cpu().double()
         self._most_bias = bias.abs().float() * _LARGEST
-        self._bias = self._grouped(bias * self._signs).sum(-1).to(self._dtype)
+        self._bias = self._sum(bias, signs)
         self._bias_length = torch.linalg.vector_norm(self._grouped(bias), dim=-1).to(self._dtype)
 
     def wrong(self, x: Tensor, y: Tensor, *, int8: bool = False) -> Tensor:
@@ -80,7 +82,8 @@ class Freivalds:
     def _wrong(self, x: Tensor, y: Tensor, *, int8: bool) -> Tensor:
         wide, exact = y.float(), x.to(self._dtype)
         found = self._grouped(wide)
-        off = torch.addmm(self._bias, exact, self._folded).sub_(self._sums(found)).abs_()
+        off = torch.addmm(self._bias, exact, self._folded).sub_(self._folds_of(found.to(self._dtype))).abs_()
+        off = off.view(len(off), -1, self._numbers.shape[-1]).amax(-1)
         lengths = torch.linalg.vector_norm(found, dim=-1)
         width = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         # Variances of what rounding does, in each fold.
@@ -92,15 +95,18 @@ class Freivalds:
         good = (off <= allowed.sqrt_().mul_(_SIGMAS)).logical_and_(lengths.isfinite()).all(-1)
         most = torch.addcmul(self._most_bias + least, width.float(), self._most)
         bad = (wide.abs() > most).any(-1).logical_or_(~good)
-        for each in self._others:
-            bad |= each._wrong(x, y, int8=int8)  # noqa: SLF001 - another of these
         return bad.logical_and_(width[:, 0].isfinite())
 
-    def _sums(self, found: Tensor) -> Tensor:
-        """[tokens, folds, fold], each fold times its numbers: [tokens, folds]."""
+    def _folds_of(self, found: Tensor) -> Tensor:
+        """[tokens, folds, fold], each fold times its numbers: [tokens, folds * repeats]."""
         if found.shape[1] == 1:
-            return torch.mv(found[:, 0], self._narrow_signs[0])[:, None]
-        return torch.bmm(found.transpose(0, 1), self._narrow_signs[..., None])[..., 0].T
+            return found[:, 0] @ self._numbers[0]
+        return torch.bmm(found.transpose(0, 1), self._numbers).transpose(0, 1).flatten(1)
+
+    def _sum(self, values: Tensor, signs: Tensor) -> Tensor:
+        """[..., out] in doubles, folded: [..., folds * repeats]."""
+        each = [self._grouped(values * numbers).sum(-1) for numbers in signs]
+        return torch.stack(each, -1).flatten(-2).to(self._dtype)
 
     def check(self, x: Tensor, y: Tensor, who: str, *, int8: bool = False) -> None:
         """`IntegrityError` where a token is wrong."""

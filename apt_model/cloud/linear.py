@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from apt_model.cloud.backend import CloudBackend
 from apt_model.cloud.client import Tally
-from apt_model.cloud.freivalds import INT8_FOLDS, Freivalds
+from apt_model.cloud.freivalds import INT8_REPEATS, REPEATS, Freivalds
 from apt_model.cloud.int8g64 import GROUP, pack, unpack
 from apt_model.cloud.offload import Offload, Output, Wire, why_here
 from apt_model.cloud.tensors import ACTIVATIONS, Weights
@@ -40,7 +40,7 @@ class _Pushed:
         int8 = layer._offload.wire == "int8g64"  # noqa: SLF001 - ours
         # A fold is a group then, so that a wrong scale stands beside nobody else's rounding.
         self._fold = GROUP if int8 else None
-        self._repeats = INT8_FOLDS if int8 else 1
+        self._repeats = INT8_REPEATS if int8 else REPEATS
         self.check: Freivalds | None = None
         if layer.verify:
             self.check = Freivalds(tensors["weight"], tensors.get("bias"), fold=self._fold, repeats=self._repeats)

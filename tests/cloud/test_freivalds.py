@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt_model.cloud.freivalds import INT8_FOLDS, Freivalds
+from apt_model.cloud.freivalds import INT8_REPEATS, Freivalds
 from apt_model.cloud.int8g64 import GROUP, pack, unpack
 from apt_model.core.errors import InputError, IntegrityError
 
@@ -95,10 +95,10 @@ def test_a_scale_with_a_flipped_bit_is_caught(dtype, bit):
     flipped = scale.clone()
     flipped.view(torch.int16)[:, 1] ^= torch.tensor(1 << bit if bit < 15 else -(1 << 15), dtype=torch.int16)
     came = unpack(q, flipped, bias.shape[0], dtype)
-    caught = Freivalds(weight, bias, fold=GROUP, repeats=INT8_FOLDS).wrong(read, came, int8=True)
+    caught = Freivalds(weight, bias, fold=GROUP, repeats=INT8_REPEATS).wrong(read, came, int8=True)
     assert float(caught.float().mean()) >= (0.9 if bit == 8 else 0.99)
     good = unpack(q, scale, bias.shape[0], dtype)
-    assert not Freivalds(weight, bias, fold=GROUP, repeats=INT8_FOLDS).wrong(read, good, int8=True).any()
+    assert not Freivalds(weight, bias, fold=GROUP, repeats=INT8_REPEATS).wrong(read, good, int8=True).any()
 
 
 def test_nothing_is_larger_than_the_weights_allow():
@@ -162,3 +162,18 @@ def test_shapes_that_do_not_belong_together_are_refused():
     for wrong in ((q, scale, 99), (q, scale[:, :1], 100), (q.float(), scale, 100), (q, scale.float(), 100)):
         with pytest.raises(InputError, match="int8g64: expected"):
             unpack(*wrong, torch.float32)
+
+
+def test_an_input_that_came_wrong_is_noticed():
+    """It moves every output: a single fold lets one in a hundred of these pass, as their sum is near 0."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(96, 64, generator=generator)
+    x = torch.randn(1, 64, generator=generator)
+    came = x.clone()
+    came[:, 5] += 0.004 * x.norm() / 8  # the product is off by 0.0005 of its length
+    y = came @ weight.T
+    passed = {
+        repeats: sum(not Freivalds(weight, repeats=repeats).wrong(x, y) for _ in range(1500)) for repeats in (1, 3)
+    }
+    assert passed[1] > 3
+    assert passed[3] <= 1
