@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from apt_model.core.files import write_text
+from apt_model.core.system.cpu import CpuDevice
 
 
 def machine() -> dict[str, Any]:
@@ -33,6 +34,11 @@ def machine() -> dict[str, Any]:
     else:
         found["device"] = "cpu"
     return found
+
+
+def processor() -> str:
+    """The host's name and cores, for figures that are the host's alone."""
+    return f"{CpuDevice().name()}, {os.cpu_count()} cores"
 
 
 def ceilings() -> dict[str, float]:

@@ -48,11 +48,9 @@ class HttpTransport:
         self, url: str, *, auth: Auth | None = None, connect_timeout: float = 5.0, context: ssl.SSLContext | None = None
     ) -> None:
         self._host, self._port, self._is_tls, self._prefix = parsed(url)
-        self.name = shown(self._is_tls, self._host, self._port) + self._prefix
-        port = "" if self._port == (443 if self._is_tls else 80) else f":{self._port}"
-        self._hello = (
-            f"Host: {f'[{self._host}]' if ':' in self._host else self._host}{port}\r\nAccept-Encoding: identity"
-        )
+        address = shown(self._is_tls, self._host, self._port)
+        self.name = address + self._prefix
+        self._hello = f"Host: {address.partition('://')[2]}\r\nAccept-Encoding: identity"
         self._auth = auth
         self._connect_timeout = connect_timeout
         self._context = context
@@ -72,16 +70,12 @@ class HttpTransport:
         except _GONE as error:
             if not is_used or self._closed:
                 raise CloudError(f"{self.name} went away: {_words(error)}") from error
-        except TimeoutError as error:
-            raise DeadlineError(f"{self.name}: no answer within {timeout:.3g} s") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._mapped(error) from error
+            raise self._mapped(error, timeout) from error
         try:
             return self._exchange(self._connected(end, timeout), request, end)
-        except TimeoutError as error:
-            raise DeadlineError(f"{self.name}: no answer within {timeout:.3g} s") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._mapped(error) from error
+            raise self._mapped(error, timeout) from error
 
     def redact(self, text: str) -> str:
         """As `Transport.redact`."""
@@ -117,7 +111,7 @@ class HttpTransport:
     def _connected(self, end: float, timeout: float) -> http.client.HTTPConnection:
         left = end - time.monotonic()
         if left <= 0:
-            raise DeadlineError(f"{self.name}: no answer within {timeout:.3g} s")
+            raise self._late(timeout)
         limit = min(left, self._connect_timeout)
         connection: http.client.HTTPConnection
         if self._is_tls:
@@ -133,7 +127,7 @@ class HttpTransport:
             raise kind(f"{self.name}: no connection within {limit:.3g} s") from error
         except OSError as error:
             connection.close()
-            raise self._mapped(error) from error
+            raise self._mapped(error, timeout) from error
         return connection
 
     def _exchange(self, connection: http.client.HTTPConnection, request: Request, end: float) -> Response:
@@ -251,7 +245,12 @@ class HttpTransport:
             raise WireError(f"{self.name}: the answer ends after {place} of {length} bytes")
         return body
 
-    def _mapped(self, error: Exception) -> CloudError:
+    def _late(self, timeout: float) -> DeadlineError:
+        return DeadlineError(f"{self.name}: no answer within {timeout:.3g} s")
+
+    def _mapped(self, error: Exception, timeout: float) -> CloudError:
+        if isinstance(error, TimeoutError):
+            return self._late(timeout)
         if isinstance(error, ssl.SSLCertVerificationError):
             return RefusedError(
                 f"{self.name}: its certificate cannot be trusted: {error.verify_message}",

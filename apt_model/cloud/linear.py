@@ -140,14 +140,13 @@ class CloudNPULinear(nn.Linear):
 
     def push_weights(self) -> int:
         """Give the server the weights now; bytes that were sent, 0 where it holds them."""
-        backend = self._offload.tensors
-        if backend is None:
-            return 0
-        known, _ = self._current(push=True)
-        assert known is not None
-        sent = backend.push(known.weights)
-        self._offload.stats.add("bytes_pushed", sent)
-        return sent
+
+        def now() -> Weights:
+            known, _ = self._current(push=True)
+            assert known is not None
+            return known.weights
+
+        return self._offload.give(now)
 
     def refresh(self) -> None:
         """Look at the weights anew: needed after a change through `.data`, which nothing else can see."""
@@ -155,9 +154,7 @@ class CloudNPULinear(nn.Linear):
 
     def get_stats(self) -> dict[str, Any]:
         """What became of the forwards: cloud_calls + local_calls + raised = forwards; times in seconds."""
-        backend = self._offload.tensors
-        states = [each.breaker.state for each in backend.client.endpoints] if backend else []
-        return {**self._offload.stats.read(), "breaker": states}
+        return self._offload.read()
 
     def extra_repr(self) -> str:
         """As `nn.Linear`'s, with where it is computed."""

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,6 +110,19 @@ class Offload:
             self.stats.took("local", time.perf_counter() - started, rows)
             count.where = "local"
             return found
+
+    def give(self, weights: Callable[[], Weights]) -> int:
+        """Give the server weights now; bytes that were sent, 0 where it holds them and where there is none."""
+        if self.tensors is None:
+            return 0
+        sent = self.tensors.push(weights())
+        self.stats.add("bytes_pushed", sent)
+        return sent
+
+    def read(self) -> dict[str, Any]:
+        """What became of the forwards, and in what state the endpoints are."""
+        endpoints = self.tensors.client.endpoints if self.tensors else ()
+        return {**self.stats.read(), "breaker": [each.breaker.state for each in endpoints]}
 
     def backward(self, elsewhere: Callable[[Tally], Tensor], here: Callable[[], Tensor] | None) -> Tensor:
         """A gradient to the input, there or here."""

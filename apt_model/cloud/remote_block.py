@@ -127,16 +127,11 @@ class RemoteBlock(nn.Module):
 
     def push_weights(self) -> int:
         """Give the server the weights now; bytes that were sent, 0 where it holds them."""
-        backend = self._offload.tensors
-        sent = backend.push(self.weights) if backend else 0
-        self._offload.stats.add("bytes_pushed", sent)
-        return sent
+        return self._offload.give(lambda: self.weights)
 
     def get_stats(self) -> dict[str, Any]:
         """As `CloudNPULinear.get_stats`; `spot_checks` are rows that were computed here to compare them."""
-        backend = self._offload.tensors
-        states = [each.breaker.state for each in backend.client.endpoints] if backend else []
-        return {**self._offload.stats.read(), "breaker": states}
+        return self._offload.read()
 
     def extra_repr(self) -> str:
         """What it is and where it is computed."""

@@ -258,7 +258,7 @@ def main():
     finally:
         nursery.close()
     if options.folder:
-        above["machine"]["device"] = "AMD EPYC, 2 cores" if options.folder == "amd-epyc-2-cores" else options.folder
+        above["machine"]["device"] = record.processor()
         above["command"] = " ".join(["python", "benchmarks/cloud/chaos.py", *sys.argv[1:]])
         print(record.write("cloud_chaos", rows, folder=ROOT / "benchmarks" / "results" / options.folder, above=above))
     sound = all(

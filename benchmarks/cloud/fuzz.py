@@ -33,7 +33,10 @@ def main():
     parser.add_argument("--folder", help="below benchmarks/results, to keep the record")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    above = {"machine": record.machine(), "command": " ".join(["python", "benchmarks/cloud/fuzz.py", *sys.argv[1:]])}
+    above = {
+        "machine": {**record.machine(), "device": record.processor()},
+        "command": " ".join(["python", "benchmarks/cloud/fuzz.py", *sys.argv[1:]]),
+    }
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
         fuzzer = Fuzzer(Path(folder), options.seed)

@@ -233,8 +233,7 @@ def main():
             print(json.dumps(rows[-1]), flush=True)
     folder = options.out or (ROOT / "benchmarks" / "results" / options.folder if options.folder else None)
     if folder:
-        if options.folder == "amd-epyc-2-cores":
-            above["machine"]["device"] = "AMD EPYC, 2 cores"
+        above["machine"]["device"] = record.processor()
         above["command"] = " ".join(["python", "benchmarks/cloud/rpc.py", *sys.argv[1:]])
         above["unit"] = "us; client and server on the same cores"
         print(record.write("serve_rpc", rows, folder=folder, above=above))
