@@ -35,7 +35,7 @@ def data_of(tensor: Tensor) -> Buffer:
     """The bytes of a tensor, rows first, without a copy where it lies so in the CPU's memory."""
     if sys.byteorder != "little":
         raise InputError("the wire is little endian, this machine is not")
-    return as_bytes(tensor.detach().cpu().contiguous())
+    return as_bytes(tensor.cpu().contiguous())
 
 
 def to_wire(name: str, tensor: Tensor) -> WireTensor:
@@ -50,12 +50,14 @@ def as_tensor(wire: WireTensor) -> Tensor:
     if math.prod(wire.shape) == 0:
         return torch.empty(wire.shape, dtype=dtype)
     data: Any = memoryview(wire.data)
-    raw = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
+    if data.readonly:
+        data = bytearray(data)
     if dtype == torch.bool:  # bytes other than 0 and 1 are no booleans
-        return (raw != 0).view(wire.shape)
-    if raw.data_ptr() % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype).view(wire.shape)
+        return (torch.frombuffer(data, dtype=torch.uint8) != 0).view(wire.shape)
+    found = torch.frombuffer(data, dtype=dtype)
+    if found.data_ptr() % dtype.itemsize:
+        found = torch.frombuffer(data, dtype=torch.uint8).clone().view(dtype)
+    return found.view(wire.shape)
 
 
 def from_wire(tensors: Mapping[str, WireTensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -9,9 +9,9 @@ data extension" (2026-08).
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from apt_model.cloud.wire_heads import LONGEST, Known, Texts
 from apt_model.cloud.wire_tensors import (
@@ -40,14 +40,16 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 _ALIGNED = 8  # bytes of the largest element
 
 
-@dataclass(frozen=True, kw_only=True)
-class Message:
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Message(NamedTuple):
     """A request or an answer of `infer`."""
 
     tensors: tuple[WireTensor, ...]
     """Inputs of a request, outputs of an answer."""
     id: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = _NONE
     wanted: tuple[str, ...] = ()
     """Of a request: the outputs asked for; none are all."""
     binary: bool = True
@@ -56,6 +58,9 @@ class Message:
     """Of an answer."""
     version: str | None = None
     """Of an answer."""
+    checked: set[object] | None = None
+    """Of one that was read: what its readers have found right of it. It is one set for all messages that differ in
+    their ids and their tensors' bytes alone."""
 
 
 def encode_request(message: Message, *, plain: bool = False) -> tuple[list[Buffer], int]:
@@ -111,49 +116,46 @@ def decode_request(body: Buffer, json_length: int | None, limits: Limits) -> Mes
     Raises:
         WireError: what was expected, and what came.
     """
-    return _decoded(body, json_length, limits, "inputs")
+    return _decoded(body, json_length, limits, _REQUESTS, _request)
 
 
 def decode_response(body: Buffer, json_length: int | None, limits: Limits) -> Message:
     """An answer's message; as `decode_request`."""
-    return _decoded(body, json_length, limits, "outputs")
+    return _decoded(body, json_length, limits, _ANSWERS, _answer)
 
 
-def _decoded(body: Buffer, json_length: int | None, limits: Limits, key: str) -> Message:
-    """A message whose tensors are `key`; one that came before with another id is not read again."""
+def _decoded(
+    body: Buffer, json_length: int | None, limits: Limits, known: "Known[_Layout]",
+    read: Callable[[dict[str, Any], memoryview, Limits], Message],
+) -> Message:  # fmt: skip
+    """A message; of one that came before with another id the JSON is not read again."""
     text, rest = _split(body, json_length, limits)
     line = bytes(text) if json_length is not None and json_length <= LONGEST else b""
-    more = (key, limits.tensors, limits.rank, limits.elements, limits.name_bytes)
-    known, identity = _KNOWN.find(line, more)
-    if known is not None and known.nbytes == rest.nbytes:
-        return known.message(identity, rest)
-    head = _loaded(text)
-    message = _request(head, rest, limits) if key == "inputs" else _answer(head, rest, limits)
-    layout = _Layout(message)
+    layout, identity = known.find(line)
+    if layout is not None and layout.nbytes == rest.nbytes and layout.limits == limits:
+        return layout.message(identity, rest)
+    message = read(_loaded(text), rest, limits)._replace(checked=set())
+    layout = _Layout(message, limits)
     if layout.nbytes == rest.nbytes:  # no numbers in the JSON
-        _KNOWN.keep(line, more, message.id, layout)
+        known.keep(line, message.id, layout)
     return message
 
 
 class _Layout:
     """A message without its id and its tensors' bytes, which lie one after another."""
 
-    def __init__(self, message: Message) -> None:
-        self.nbytes, self._tensors = 0, []
+    def __init__(self, message: Message, limits: Limits) -> None:
+        self.nbytes, self.limits, self._tensors = 0, limits, []
         for each in message.tensors:
             end = self.nbytes + memoryview(each.data).nbytes
             self._tensors.append((each.name, each.datatype, each.shape, slice(self.nbytes, end)))
             self.nbytes = end
-        self._parameters, self._wanted, self._binary = message.parameters, message.wanted, message.binary
-        self._model, self._version = message.model, message.version
+        self._rest = message[2:]
 
     def message(self, identity: str | None, rest: memoryview) -> Message:
         """The same with others."""
-        tensors = tuple(WireTensor(name, kind, shape, rest[place]) for name, kind, shape, place in self._tensors)
-        return Message(
-            tensors=tensors, id=identity, parameters=self._parameters, wanted=self._wanted, binary=self._binary,
-            model=self._model, version=self._version,
-        )  # fmt: skip
+        tensors = tuple([WireTensor(name, kind, shape, rest[place]) for name, kind, shape, place in self._tensors])
+        return Message(tensors, identity, *self._rest)
 
 
 def _request(head: dict[str, Any], rest: memoryview, limits: Limits) -> Message:
@@ -227,6 +229,7 @@ def _no_constant(name: str) -> Any:
 
 # Made once: a message is small, and making these takes longer than their work.
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
-_KNOWN: Known["_Layout"] = Known()
+_REQUESTS: Known["_Layout"] = Known()
+_ANSWERS: Known["_Layout"] = Known()
 _TEXTS = Texts()
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)

@@ -20,24 +20,24 @@ class Known(Generic[Made]):
     """What was made of heads, by what stands before and after their ids; forgets all when it is full."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[bytes, bytes, object], Made] = {}
+        self._made: dict[tuple[bytes, bytes], Made] = {}
 
-    def find(self, text: bytes, more: object) -> tuple[Made | None, str | None]:
-        """What was made of such a head beside `more`, and this one's id."""
+    def find(self, text: bytes) -> tuple[Made | None, str | None]:
+        """What was made of such a head, and this one's id."""
         found = _ID.search(text) if len(text) <= LONGEST else None
         if found is None:
             return None, None
         start, end = found.span(1)
-        return self._made.get((text[:start], text[end:], more)), text[start:end].decode()
+        return self._made.get((text[:start], text[end:])), text[start:end].decode()
 
-    def keep(self, text: bytes, more: object, identity: str | None, made: Made) -> None:
+    def keep(self, text: bytes, identity: str | None, made: Made) -> None:
         """Remember what was made of a head whose message has that id."""
         found = _ID.search(text) if len(text) <= LONGEST else None
         if found is None or b"\\" in text or found[1].decode() != identity or text.count(found[1]) != 1:
             return
         if len(self._made) >= _MOST:
             self._made.clear()
-        self._made[text[: found.start(1)], text[found.end(1) :], more] = made
+        self._made[text[: found.start(1)], text[found.end(1) :]] = made
 
 
 class Texts:

@@ -14,11 +14,16 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
+_NOT_NUMPYS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's own memory; it must be on the CPU and contiguous."""
-    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    flat = tensor.detach()
+    if flat.dtype in _NOT_NUMPYS:
+        flat = flat.reshape(-1).view(torch.uint8)
+    array: Any = flat.numpy()
+    return memoryview(array.reshape(-1).view("u1"))  # with numpy's views, which take less time than torch's
 
 
 def read_tensor(path: Path, entry: Entry) -> Tensor:

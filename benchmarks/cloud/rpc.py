@@ -1,10 +1,11 @@
-"""What a forward over HTTP costs beside an echo of the same bytes by the same uvicorn, and beside tritonclient.
+"""What a forward over HTTP costs beside an echo of the same bytes by plain uvicorn, and beside tritonclient.
 
     python benchmarks/cloud/rpc.py [--rounds 40] [--small] [--folder amd-epyc-2-cores]
 
 Arms, in turns, a round of each after the other; client and server share the machine, and torch has one thread in each:
 
-    echo      the body is read into one buffer and sent back as it is, to a raw keep-alive client
+    echo      uvicorn as it comes, and an application that reads the body into one buffer and sends that back; to a raw
+              keep-alive client
     server    `apt-model serve`'s application, to that raw client
     client    our client without a layer: `OIPBackend.infer`
     layer     `CloudNPULinear.forward`, every token checked
@@ -35,6 +36,7 @@ import numpy as np  # noqa: E402
 import record  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import uvicorn  # noqa: E402
 
 from apt_model.cloud import wire  # noqa: E402
 from apt_model.cloud.backend import OIPBackend  # noqa: E402
@@ -55,32 +57,34 @@ CALLS = {"8 KiB": 100, "1 MiB": 20}  # of an arm in a round
 REMOTE = ("echo", "server", "client", "layer", "triton")
 
 
-class Echo(Application):
-    """Reads a body into one buffer, as the server does, and sends it back."""
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            await super().__call__(scope, receive, send)
-            return
-        length = next(int(value) for name, value in scope["headers"] if name == b"content-length")
-        buffer, place, more = bytearray(length), 0, True
-        while more:
-            message = await receive()
-            piece, more = message["body"], message["more_body"]
-            buffer[place : place + len(piece)] = piece
-            place += len(piece)
-        headers = [(b"content-length", str(length).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": memoryview(buffer)})
+async def echo(scope, receive, send):
+    """Read a body into one buffer and send it back."""
+    length = next(int(value) for name, value in scope["headers"] if name == b"content-length")
+    buffer, place, more = bytearray(length), 0, True
+    while more:
+        message = await receive()
+        piece, more = message["body"], message["more_body"]
+        buffer[place : place + len(piece)] = piece
+        place += len(piece)
+    headers = [(b"content-length", str(length).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": memoryview(buffer)})
 
 
 def serve(kind, folder):
     """In a process of its own: print the port, and serve until SIGTERM."""
     torch.set_num_threads(1)
+    if kind == "echo":
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it on sockets of its own alone
+        print(listening.getsockname()[1], flush=True)
+        quiet = {"log_level": "error", "access_log": False, "lifespan": "off"}
+        config = uvicorn.Config(echo, http="httptools", timeout_keep_alive=run.KEEP_ALIVE_SECONDS, **quiet)
+        uvicorn.Server(config).run(sockets=[listening])
+        return
     config = ServerConfig(allow_upload=True)
     models, store = Models(on_device(torch.device("cpu"))), Store(Path(folder) / kind, config.max_store)
-    app = (Echo if kind == "echo" else Application)(config, models, store)
-    run.serve(app, "127.0.0.1", 0, on_start=lambda port: print(port, flush=True))
+    run.serve(Application(config, models, store), "127.0.0.1", 0, on_start=lambda port: print(port, flush=True))
 
 
 class Raw:

@@ -233,7 +233,7 @@ def test_a_silent_body_makes_room_for_others(tmp_path):
 def test_more_forwards_than_may_be_in_flight(tmp_path, monkeypatch):
     import threading
 
-    from apt_model.cloud.server import app as module
+    from apt_model.cloud.server import forwards as module
 
     linear_file(tmp_path / "a.safetensors")
     app = application(tmp_path, tmp_path / "a.safetensors", max_inflight=2)
@@ -253,9 +253,9 @@ def test_more_forwards_than_may_be_in_flight(tmp_path, monkeypatch):
     assert app.metrics.inflight == 0
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_a_repeated_request_is_computed_once(held, monkeypatch, small):
-    from apt_model.cloud.server import app as module
+@pytest.mark.parametrize(("small", "once", "repeated"), [(True, 4, 0), (False, 1, 3)])
+def test_a_repeated_request_is_computed_once_where_that_takes_time(held, monkeypatch, small, once, repeated):
+    from apt_model.cloud.server import forwards as module
 
     app, _ = held
     calls, compute = [], module.answer
@@ -268,22 +268,25 @@ def test_a_repeated_request_is_computed_once(held, monkeypatch, small):
 
     asyncio.run(scene(*request({"x": x}, id="a"), 1))
     first = asyncio.run(scene(*request({"x": x}, id="a"), 3))
-    assert (len(calls), app.metrics.repeated) == (1, 3)
+    assert (len(calls), app.metrics.repeated) == (once, repeated)
     assert len({answer for _, _, answer in first}) == 1
     other = asyncio.run(scene(*request({"x": x + 1}, id="a"), 1))  # another request that took the same id
-    assert len(calls) == 2
+    assert len(calls) == once + 1
     assert other[0][2] != first[0][2]
     asyncio.run(scene(*request({"x": x}), 2))
-    assert len(calls) == 4
+    assert len(calls) == once + 3
 
 
-def test_what_is_kept_is_bounded(tmp_path):
+def test_what_is_kept_is_bounded(tmp_path, monkeypatch):
+    from apt_model.cloud.server import forwards as module
+
+    monkeypatch.setattr(module, "is_small", lambda *_: False)
     linear_file(tmp_path / "a.safetensors")
     app = application(tmp_path, tmp_path / "a.safetensors", max_cached=2000)
     for number in range(50):
         infer(app, "m0", {"x": noise(1, 16)}, id=str(number))
-    assert 0 < app._answers._held <= 2000
-    assert app._answers._held == sum(each.nbytes for each in app._answers._entries.values())
+    assert 0 < app.forwards._answers._held <= 2000
+    assert app.forwards._answers._held == sum(each.nbytes for each in app.forwards._answers._entries.values())
 
 
 # --- whom it serves

@@ -19,6 +19,7 @@ from served import OPEN, ROOT, answered, linear_file, over_http, request, runnin
 from small_models import noise
 
 from apt_model.cloud.server import run
+from apt_model.cloud.server.connection import HEADER_SECONDS
 
 CANARY = "canary-7f3a91"
 
@@ -102,7 +103,7 @@ def test_a_head_that_does_not_end(server):
     with socket.create_connection((OPEN, port), timeout=30) as connection:
         with pytest.raises((ConnectionResetError, BrokenPipeError)):  # noqa: PT012
             connection.sendall(b"GET /v2 HTTP/1.1\r\n")
-            end = time.monotonic() + 0.8 * run.HEADER_SECONDS  # sooner than a slow head is ended
+            end = time.monotonic() + 0.8 * HEADER_SECONDS  # sooner than a slow head is ended
             while time.monotonic() < end:  # megabytes fit the buffers between, until the server has its turn
                 connection.sendall(b"X-Header: " + b"y" * 1000 + b"\r\n")
         assert psutil.Process(server[0].pid).is_running()

@@ -1,4 +1,7 @@
-"""Answers that were given, so that a repeated request is not computed twice. A forward is pure, so they stay right."""
+"""Answers that were given, so that a repeated request is not computed twice. A forward is pure, so they stay right.
+
+What is computed in less time than its answer would be looked for is not kept.
+"""
 
 import asyncio
 from collections import OrderedDict
@@ -12,7 +15,7 @@ Answer = tuple[list[Buffer], int]
 
 class _Entry(NamedTuple):
     body: memoryview
-    answer: "asyncio.Future[Answer] | Answer"
+    answer: "asyncio.Future[Answer]"
     nbytes: int
 
 
@@ -27,7 +30,7 @@ class Answers:
         self._most, self._held = most, 0
         self._entries: OrderedDict[tuple[str, ...], _Entry] = OrderedDict()
 
-    def find(self, key: tuple[str, ...], body: memoryview) -> "asyncio.Future[Answer] | Answer | None":
+    def find(self, key: tuple[str, ...], body: memoryview) -> "asyncio.Future[Answer] | None":
         """The answer to the same request; a future where it is still computed, or was until lately."""
         entry = self._entries.get(key)
         return entry.answer if entry is not None and entry.body == body else None
@@ -40,16 +43,6 @@ class Answers:
         self._entries[key] = entry = _Entry(body, answer, body.nbytes)
         self._held += entry.nbytes
         answer.add_done_callback(lambda done: self._settle(key, entry, done))
-        self._shrink()
-
-    def keep(self, key: tuple[str, ...], body: memoryview, answer: Answer) -> None:
-        """Remember what was computed at once."""
-        if body.nbytes * 2 > self._most:
-            return
-        self._forget(key)
-        nbytes = body.nbytes + sum(memoryview(part).nbytes for part in answer[0])
-        self._entries[key] = _Entry(body, answer, nbytes)
-        self._held += nbytes
         self._shrink()
 
     def _settle(self, key: tuple[str, ...], entry: _Entry, done: "asyncio.Future[Answer]") -> None:

@@ -5,21 +5,20 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from apt_model import __version__
-from apt_model.cloud.server.answers import Answer, Answers
-from apt_model.cloud.server.compute import answer, describe, is_small
+from apt_model.cloud.server.answers import Answer
+from apt_model.cloud.server.compute import describe, without_gradients
 from apt_model.cloud.server.config import ServerConfig
-from apt_model.cloud.server.exchange import DEADLINE, Exchange, Gone, Receive, Scope, Send
+from apt_model.cloud.server.exchange import Exchange, Gone, Receive, Scope, Send
+from apt_model.cloud.server.forwards import Forwards
+from apt_model.cloud.server.heads import Headers, admit, asked
 from apt_model.cloud.server.metrics import Metrics
-from apt_model.cloud.server.models import BACKWARD, NAME, VERSION, Model, Models
+from apt_model.cloud.server.models import BACKWARD, NAME, VERSION, Models
 from apt_model.cloud.server.reading import Readings
-from apt_model.cloud.server.refusal import BUSY_SECONDS, Refusal, busy, refusal_of
+from apt_model.cloud.server.refusal import BUSY_SECONDS, Refusal, refusal_of
 from apt_model.cloud.server.store import Store
-from apt_model.cloud.server.tensors import body_buffer
-from apt_model.cloud.wire import HEADER_LENGTH, Message, decode_request
 from apt_model.core.errors import AptError
 
 LOG = logging.getLogger(__name__)
@@ -47,10 +46,8 @@ class Application:
         self._started = load is None
         self.failed: BaseException | None = None
         """Why the models could not be brought."""
-        self._limits = config.limits
-        self._answers = Answers(config.max_cached)
         self._readings = Readings(config)
-        self._pool = ThreadPoolExecutor(config.workers, "apt-serve")
+        self.forwards = Forwards(config, models, self.metrics, self._readings)
         self._loading: asyncio.Task[None] | None = None
 
     @property
@@ -65,16 +62,26 @@ class Application:
         elif scope["type"] == "http":
             await self._serve(Exchange(scope, receive, send, lambda: self.draining))
 
+    def at_once(
+        self, path: str, raw_headers: Sequence[tuple[bytes, bytes]], client: str | None, body: bytes
+    ) -> Answer | None:
+        """The answer to a POST that came whole, where it is a forward that is computed sooner than it could wait.
+
+        None for all others, for what is refused and for what fails: these are asked again, the usual way.
+        """
+        return None if self.draining else self.forwards.at_once(path, Headers(raw_headers), client, body)
+
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
+                without_gradients()
                 if self._load is not None:
                     self._loading = asyncio.create_task(self._bring(self._load))
                 await send({"type": "lifespan.startup.complete"})
             else:
                 self.draining = True
-                await asyncio.to_thread(self._pool.shutdown)
+                await asyncio.to_thread(self.forwards.close)
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
@@ -119,8 +126,10 @@ class Application:
             _only(exchange, "GET", "HEAD")
             await self._health(exchange, path)
             return ""
-        self._admit(exchange)
+        admit(self.config, exchange.headers, exchange.client)
         parts = path.split("/")[1:]
+        if parts[:2] == ["v2", "models"] and len(parts) > 2:
+            return await self._model(exchange, parts[2:])
         if path in ("/v2", "/v2/"):
             _only(exchange, "GET")
             await exchange.respond_json(self._about())
@@ -128,22 +137,11 @@ class Application:
             _only(exchange, "GET")
             self.metrics.reading = len(self._readings)
             await exchange.respond(200, [self.metrics.text().encode()], self.metrics.content_type.encode())
-        elif parts[:2] == ["v2", "models"] and len(parts) > 2:
-            return await self._model(exchange, parts[2:])
         elif parts[:3] == ["v2", "repository", "models"] and len(parts) == 6 and parts[4] == "versions":
             await self._repository(exchange, parts[3], parts[5])
         else:
             raise Refusal(404, "there is no such path")
         return ""
-
-    def _admit(self, exchange: Exchange) -> None:
-        """Before anything of a body is read."""
-        key = self.config.key
-        if key is not None:
-            if not key.opens(exchange.raw_headers):
-                raise Refusal(401, "expected the key in Authorization: Bearer or X-Auth-Token")
-        elif not self.config.serves(exchange.client, exchange.headers.get("host", "localhost")):
-            raise Refusal(403, "without a key only this machine is served, under its own name")
 
     async def _health(self, exchange: Exchange, path: str) -> None:
         if path == "/ping":
@@ -172,13 +170,7 @@ class Application:
 
     async def _model(self, exchange: Exchange, parts: Sequence[str]) -> str:
         """/v2/models/NAME[/versions/VERSION][/ready|/infer]."""
-        name, rest = parts[0], list(parts[1:])
-        version = None
-        if rest[:1] == ["versions"] and len(rest) > 1:
-            version, rest = rest[1], rest[2:]
-        call = rest[0] if len(rest) == 1 else "" if not rest else None
-        if call not in ("", "ready", "infer"):
-            raise Refusal(404, "there is no such path")
+        name, version, call = asked(parts)
         _only(exchange, "POST" if call == "infer" else "GET")
         backward = name.endswith(BACKWARD)
         base = name.removesuffix(BACKWARD)
@@ -186,82 +178,12 @@ class Application:
             raise Refusal(503, "draining", retry_after=BUSY_SECONDS)
         model = self.models.find(base, version)
         if call == "infer":
-            await self._infer(exchange, model, backward=backward)
+            await self.forwards.infer(exchange, model, backward=backward)
         elif call == "ready":
             await self._whether(exchange, not self.draining, {"name": name, "ready": True})
         else:
             await exchange.respond_json(describe(model, self.models.versions(base), backward=backward))
         return name
-
-    async def _infer(self, exchange: Exchange, model: Model, *, backward: bool) -> None:
-        config = self.config
-        json_length = exchange.json_length()
-        length = exchange.length(config.max_body if json_length is not None else min(config.max_body, config.max_json))
-        left = exchange.number(DEADLINE)
-        deadline = None if left is None else time.monotonic() + left / 1000
-        if self.metrics.inflight >= config.max_inflight:
-            raise busy(f"{config.max_inflight} forwards wait or run already")
-        body = await self._body(exchange, length, json_length or 0)
-        decode = functools.partial(decode_request, body, json_length, self._limits)
-        message = decode() if json_length is not None else await self._in_pool(decode)
-        key = (model.name, model.version, str(backward), message.id or "")
-        found = self._answers.find(key, body) if message.id else None
-        if found is not None:
-            self.metrics.repeated += 1
-            made = found if isinstance(found, tuple) else await asyncio.shield(found)
-        else:
-            made = await self._compute(model, message, key, body, backward=backward, deadline=deadline)
-        parts, head = made
-        binary = [(HEADER_LENGTH.lower().encode(), str(head).encode())] if message.binary else []
-        kind = b"application/octet-stream" if message.binary else b"application/json"
-        await exchange.respond(200, parts, kind, binary)
-
-    async def _compute(
-        self, model: Model, message: Message, key: tuple[str, ...], body: memoryview, *, backward: bool,
-        deadline: float | None,
-    ) -> Answer:  # fmt: skip
-        """Compute it, here where that is short, else in a thread; a client that leaves does not stop it."""
-        if self.metrics.inflight >= self.config.max_inflight:
-            raise busy(f"{self.config.max_inflight} forwards wait or run already")
-        work = functools.partial(
-            answer, model, message, backward=backward, max_answer=self.config.max_body, deadline=deadline
-        )
-        if is_small(model, message):
-            made = work()
-            if message.id:
-                self._answers.keep(key, body, made)
-            return made
-        self.metrics.inflight += 1
-        future: asyncio.Future[Answer] = asyncio.ensure_future(self._in_pool(work))
-        future.add_done_callback(self._done)
-        if message.id:
-            self._answers.begin(key, body, future)
-        return await asyncio.shield(future)
-
-    def _done(self, future: "asyncio.Future[Answer]") -> None:
-        self.metrics.inflight -= 1
-        if not future.cancelled():
-            future.exception()  # the client may have gone: nobody else looks at it
-
-    async def _in_pool(self, work: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
-    async def _body(self, exchange: Exchange, length: int, json_length: int) -> memoryview:
-        """The whole body in one buffer."""
-        reading = self._readings.begin(length)
-        try:
-            buffer, place = body_buffer(length, json_length), 0
-
-            def take(piece: bytes) -> None:
-                nonlocal place
-                buffer[place : place + len(piece)] = piece
-                place += len(piece)
-
-            await exchange.pieces(reading, take, length)
-        finally:
-            self._readings.end(reading)
-        self.metrics.received += length
-        return buffer
 
     async def _repository(self, exchange: Exchange, name: str, version: str) -> None:
         _only(exchange, "GET", "PUT", "DELETE")
@@ -278,11 +200,11 @@ class Application:
         if exchange.method == "DELETE":
             if not held:
                 raise Refusal(404, "there is no such version of this model")
-            await self._in_pool(functools.partial(self.models.drop, name, version))
+            await self.forwards.in_thread(functools.partial(self.models.drop, name, version))
             self.store.remove(name, version)
             await exchange.respond_json({"name": name, "version": version})
             return
-        length = exchange.length(self.store.most)
+        length = exchange.headers.length(self.store.most)
         if not held:
             await self._upload(exchange, self.store, name, version, length)
         await exchange.respond_json({"name": name, "version": version}, 200 if held else 201)
@@ -299,11 +221,11 @@ class Application:
                 finally:
                     self._readings.end(reading)
                 self.metrics.received += length
-                path = await self._in_pool(functools.partial(store.keep, upload, name, version))
+                path = await self.forwards.in_thread(functools.partial(store.keep, upload, name, version))
         except OSError as error:
             raise Refusal(503, f"the store cannot be written: {error.strerror}", retry_after=BUSY_SECONDS) from error
         try:
-            await self._in_pool(functools.partial(self.models.load, name, path))
+            await self.forwards.in_thread(functools.partial(self.models.load, name, path))
         except BaseException:
             store.remove(name, version)
             raise

@@ -77,9 +77,11 @@ class Block:
         if missing:
             raise InputError(f"expected inputs {', '.join(missing)}, which did not come")
 
-    @torch.no_grad()
     def forward(self, tensors: Tensors) -> Tensor:
         """`y` of the type that `x` has; the module computes in its own."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(tensors)
         return self._call(tensors).to(tensors["x"].dtype)
 
     def backward(self, tensors: Tensors, dy: Tensor) -> Tensor:
@@ -95,8 +97,12 @@ class Block:
         return {"x": torch.ones(shape, dtype=self.dtype)}
 
     def _call(self, tensors: Tensors) -> Tensor:
-        others = {name: tensor for name, tensor in tensors.items() if name != "x"}
-        found: Tensor = self.module(tensors["x"].to(self.dtype), **others)
+        found: Tensor
+        if len(tensors) == 1:
+            found = self.module(tensors["x"].to(self.dtype))
+        else:
+            others = {name: tensor for name, tensor in tensors.items() if name != "x"}
+            found = self.module(tensors["x"].to(self.dtype), **others)
         return found
 
 

@@ -1,8 +1,7 @@
-"""The application on a socket, by uvicorn: bounds on connections and headers, and an end that loses nothing."""
+"""The application on a socket, by uvicorn, and an end that loses nothing."""
 
 import asyncio
 import contextlib
-import importlib
 import signal
 import socket
 import time
@@ -10,11 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from apt_model.cloud.server.app import Application
-from apt_model.core.errors import MissingExtraError
+from apt_model.cloud.server.connection import HEADER_SECONDS, imported, protocol
 
-MAX_CONNECTIONS = 512
-HEADER_BYTES = 32 << 10
-HEADER_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 75
 SEND_SECONDS = 30.0
 """How long an answer may wait for a client that does not read it."""
@@ -51,7 +47,7 @@ def make_server(
     on_tick: Callable[[], None] | None = None,
 ) -> Any:  # fmt: skip
     """A `uvicorn.Server`, with `error`: what ended it."""
-    uvicorn = _uvicorn("uvicorn")
+    uvicorn = imported("uvicorn")
 
     base: Any = uvicorn.Server  # imported here, as it is optional
 
@@ -105,7 +101,7 @@ def make_server(
             return bool(await super().on_tick(counter))
 
     config = uvicorn.Config(
-        app, host=host, port=port, http=_protocol(), ws="none", lifespan="on", log_config=None, log_level="error",
+        app, host=host, port=port, http=protocol(app), ws="none", lifespan="on", log_config=None, log_level="error",
         access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, backlog=_BACKLOG,
     )  # fmt: skip
     return Server(config)
@@ -116,45 +112,6 @@ def _both_families(port: int) -> list[socket.socket] | None:
     if not socket.has_dualstack_ipv6():
         return None
     return [socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)]
-
-
-def _protocol() -> type[asyncio.Protocol]:
-    """HTTP by uvicorn over httptools, which itself bounds neither a request's head nor the number of connections."""
-    base: Any = _uvicorn("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
-
-    class Bounded(base):  # type: ignore[misc]
-        heard = 0.0
-        """When a request's head began, or 0 between requests and within a body."""
-        head = 0
-
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            self.heard = time.monotonic()
-            if len(self.connections) > MAX_CONNECTIONS:
-                self.close_with(b"429 Too Many Requests", b"retry-after: 1\r\n")
-
-        def data_received(self, data: bytes) -> None:
-            if self.heard:
-                self.head += len(data)
-            super().data_received(data)
-            if self.heard and self.head > HEADER_BYTES and not self.transport.is_closing():
-                self.close_with(b"431 Request Header Fields Too Large")
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self.heard = self.heard or time.monotonic()
-
-        def on_headers_complete(self) -> None:
-            self.heard, self.head = 0.0, 0
-            super().on_headers_complete()
-
-        def close_with(self, status: bytes, header: bytes = b"") -> None:
-            self.transport.write(
-                b"HTTP/1.1 " + status + b"\r\n" + header + b"connection: close\r\ncontent-length: 0\r\n\r\n"
-            )
-            self.transport.close()
-
-    return Bounded
 
 
 def _sweep(connections: Any) -> None:
@@ -169,11 +126,3 @@ def _sweep(connections: Any) -> None:
                 each.transport.abort()
         else:
             each.__dict__.pop("stuck", None)
-
-
-def _uvicorn(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = "httptools" if (error.name or "").startswith("httptools") else "uvicorn"
-        raise MissingExtraError("apt-model serve", package, "serve") from error

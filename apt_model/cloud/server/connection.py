@@ -1,0 +1,171 @@
+"""A connection of uvicorn's within bounds, on which what is short takes the short way.
+
+uvicorn bounds neither a request's head nor the number of connections, and hands a request over in some ten steps, which
+take longer than a short forward's product. A forward that comes whole, in one piece, is answered in one step here
+(`Application.at_once`); all others go uvicorn's way, and so does one that is refused.
+"""
+
+import asyncio
+import importlib
+import socket
+import time
+from typing import Any
+
+from apt_model.cloud.server.app import Application
+from apt_model.cloud.server.heads import JSON_LENGTH
+from apt_model.cloud.wire import Buffer
+from apt_model.core.errors import MissingExtraError
+
+MAX_CONNECTIONS = 512
+HEADER_BYTES = 32 << 10
+HEADER_SECONDS = 10.0
+_SHORT = 1 << 16
+_SHORT_DIGITS = 5  # of a body's length, which is below 100 kB then
+
+
+def protocol(app: Application) -> type[asyncio.Protocol]:
+    """HTTP by uvicorn over httptools, which itself bounds neither a request's head nor the number of connections."""
+    base: Any = imported("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
+
+    class Bounded(base):  # type: ignore[misc]
+        heard = 0.0
+        """When a request's head began, or 0 between requests and within a body."""
+        head = 0
+        short: bytes | None = None
+        """What came of the body of what may be a short forward."""
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(_Together(transport))
+            # asyncio sets it on connections of its own listening sockets alone; without it an answer in two writes
+            # waits for the client's acknowledgement, 40 ms.
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.heard = time.monotonic()
+            if len(self.connections) > MAX_CONNECTIONS:
+                self.close_with(b"429 Too Many Requests", b"retry-after: 1\r\n")
+
+        def data_received(self, data: bytes) -> None:
+            if self.heard:
+                self.head += len(data)
+            super().data_received(data)
+            if self.short is not None:  # it has not come whole
+                self.go_on()
+            if self.heard and self.head > HEADER_BYTES and not self.transport.is_closing():
+                self.close_with(b"431 Request Header Fields Too Large")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.heard = self.heard or time.monotonic()
+
+        def on_headers_complete(self) -> None:
+            self.heard, self.head = 0.0, 0
+            if self.is_short():
+                self.short = b""
+            else:
+                super().on_headers_complete()
+
+        def is_short(self) -> bool:
+            """Whether it may be a short forward, with nothing before it on this connection."""
+            if (self.cycle is not None and not self.cycle.response_complete) or self.flow.write_paused:
+                return False
+            if self.parser.get_method() != b"POST" or not self.url.endswith(b"/infer") or b"?" in self.url:
+                return False
+            length = next((value for name, value in self.headers if name == b"content-length"), b"")
+            if not length.isdigit() or len(length) > _SHORT_DIGITS or self.expect_100_continue:
+                return False
+            return self.parser.get_http_version() == "1.1" and bool(self.parser.should_keep_alive())
+
+        def on_body(self, body: bytes) -> None:
+            if self.short is not None:
+                self.short += body
+                return
+            if not self.cycle.body:
+                self.cycle.body = b""  # what is added to it stays as it is, and so do bytes that are made of that
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            if self.short is not None:
+                made = app.at_once(self.url.decode("latin-1"), self.headers, self.client and self.client[0], self.short)
+                if made is not None:
+                    self.short = None
+                    self.send_at_once(*made)
+                    return
+                self.go_on()
+            super().on_message_complete()
+
+        def go_on(self) -> None:
+            """What was looked at as a short forward goes the usual way."""
+            body, self.short = self.short, None
+            super().on_headers_complete()
+            if body:
+                self.on_body(body)
+
+        def send_at_once(self, parts: list[Buffer], length: int) -> None:
+            """An answer whose JSON has this length, in one write, as uvicorn would."""
+            total = sum([len(part) for part in parts])
+            head = [b"HTTP/1.1 200 OK\r\n"]
+            for name, value in self.server_state.default_headers:
+                head += [name, b": ", value, b"\r\n"]
+            head.append(
+                b"content-length: %d\r\n%s: %d\r\ncontent-type: application/octet-stream\r\n\r\n"
+                % (total, JSON_LENGTH, length)
+            )
+            self.transport.write(b"".join([*head, *parts]))
+            self.on_response_complete()
+
+        def on_response_complete(self) -> None:
+            self.transport.flush()
+            super().on_response_complete()
+
+        def close_with(self, status: bytes, header: bytes = b"") -> None:
+            self.transport.write(
+                b"HTTP/1.1 " + status + b"\r\n" + header + b"connection: close\r\ncontent-length: 0\r\n\r\n"
+            )
+            self.transport.close()
+
+    return Bounded
+
+
+class _Together:
+    """A connection on which an answer's head waits for what follows it, so that a short answer is one write.
+
+    It is one packet, then, and its client wakes once.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self._head = transport, b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: Any) -> None:
+        """Send it, unless it is a head that nothing follows yet."""
+        if self._head:
+            head, self._head = self._head, b""
+            if len(head) + len(data) <= _SHORT:
+                data = b"".join((head, data))
+            else:
+                self._transport.write(head)
+        elif data[:9] == b"HTTP/1.1 " and data[9:10] != b"1":  # 100 Continue is waited for
+            self._head = data
+            return
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        """Send a head that nothing followed."""
+        head, self._head = self._head, b""
+        if head:
+            self._transport.write(head)
+
+    def close(self) -> None:
+        """As the transport's."""
+        self.flush()
+        self._transport.close()
+
+
+def imported(name: str) -> Any:
+    """A module of uvicorn's, which is optional."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = "httptools" if (error.name or "").startswith("httptools") else "uvicorn"
+        raise MissingExtraError("apt-model serve", package, "serve") from error
