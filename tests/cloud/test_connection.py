@@ -117,7 +117,7 @@ def test_at_once_and_the_usual_way_answer_alike(app, monkeypatch):
         "JSON of no length": (post(good, {"Inference-Header-Content-Length": "x"}), 400, False),
         "compressed": (post(good, {**headers, "Content-Encoding": "gzip"}), 415, False),
         "for another host": (post(good, headers, more=(b"Host: example.com",)), 403, False),
-        "nothing": (post(b"", headers), 400, False),
+        "no JSON": (post(b"nothing", headers), 400, False),
     }
     with served(app) as (connect, server):
         usual, found = [], app.forwards.at_once
