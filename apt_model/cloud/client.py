@@ -4,7 +4,6 @@ A forward changes nothing on a server, so that asking again is always right; the
 """
 
 import concurrent.futures
-import dataclasses
 import json
 import math
 import os
@@ -227,7 +226,7 @@ class Client:
             headers = {**request.headers, DEADLINE_HEADER: str(math.ceil(left * 1000))}
             started = self._clock()
             tally.add(sent=request.length)
-            response = endpoint.transport.send(dataclasses.replace(request, headers=headers), timeout=left)
+            response = endpoint.transport.send(request._replace(headers=headers), timeout=left)
         except RefusedError:
             breaker.give_up()
             raise

@@ -6,7 +6,7 @@ In JSON floats travel as FP32, which holds every fp16 and bf16 exactly and which
 """
 
 import math
-import uuid
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ class Inference(NamedTuple):
             parameters: of the request.
             identity: of the forward; None makes one.
         """
-        identity = identity or uuid.uuid4().hex
+        identity = identity or os.urandom(16).hex()
         message = wire.Message(
             tensors=tuple(to_wire(name, each if dialect.binary else _plain(each)) for name, each in inputs.items()),
             id=identity, parameters=parameters, wanted=tuple(outputs),
@@ -85,14 +85,11 @@ class Inference(NamedTuple):
         headers = {"Content-Type": "application/json"}
         if dialect.binary:
             headers = {"Content-Type": "application/octet-stream", wire.HEADER_LENGTH: str(length)}
-        # int8g64 may come in whole groups.
-        expected = sum(
-            (math.prod(shape) + GROUP * math.prod(shape[:-1])) * dialect.nbytes(dtype)
-            for dtype, shape in outputs.values()
-        )
-        request = Request(
-            method="POST", path=f"{path}/infer", headers=headers, parts=parts, most=expected + OVERHEAD
-        )  # fmt: skip
+        most = OVERHEAD
+        for dtype, shape in outputs.values():
+            # int8g64 may come in whole groups.
+            most += (math.prod(shape) + GROUP * math.prod(shape[:-1])) * dialect.nbytes(dtype)
+        request = Request("POST", f"{path}/infer", headers, parts, most)
         return cls(request, identity, outputs, dialect)
 
     def read(self, response: Response, who: str) -> dict[str, Tensor]:

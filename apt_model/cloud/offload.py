@@ -2,8 +2,8 @@
 
 import logging
 import math
+import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -164,7 +164,7 @@ class Offload:
         request_row = sum(self._row_bytes(each.shape[1:], each.dtype, dialect) for each in inputs.values())
         answer_row = self._row_bytes(output.rest, lead.dtype, dialect)
         step = rows_that_fit(backend.limits(), request_row, answer_row, self.who)
-        call = _Call(backend, weights, suffix, output, deadline, uuid.uuid4().hex, tally)
+        call = _Call(backend, weights, suffix, output, deadline, os.urandom(16).hex(), tally)
         if step >= len(lead):
             return self._ask_chunk(call, inputs)
         chunks = []

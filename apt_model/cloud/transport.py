@@ -5,7 +5,8 @@ import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from apt_model.cloud.secret import Auth
 from apt_model.cloud.wire import Buffer
@@ -15,14 +16,16 @@ OVERHEAD = 1 << 16
 """Bytes an answer may have beside its tensors."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+class Request(NamedTuple):
     """What is asked; the key is no part of it, the transport adds it."""
 
     method: str
     path: str
     """Below the endpoint's own path, beginning with a slash."""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = _NO_HEADERS
     parts: Sequence[Buffer] = ()
     """The body, in pieces that are sent one after another."""
     most: int = OVERHEAD
@@ -31,7 +34,7 @@ class Request:
     @property
     def length(self) -> int:
         """Bytes of the body."""
-        return sum(memoryview(part).nbytes for part in self.parts)
+        return sum([memoryview(part).nbytes for part in self.parts])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from apt_model.core.errors import WireError
@@ -22,8 +21,7 @@ _FLOATS = ("FP16", "FP32", "FP64")
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(NamedTuple):
     """What a message may be; what is beyond is refused before memory is taken for it."""
 
     body_bytes: int = 64 << 20

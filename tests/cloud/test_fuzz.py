@@ -53,7 +53,7 @@ def test_a_step_that_fails_is_named(fuzzer, monkeypatch):
     with pytest.raises(AssertionError, match=r"step \d+ of seed 0: KeyError: 'outputs'"):
         fuzzer.run(0, 50)
     monkeypatch.undo()
-    monkeypatch.setattr("apt_model.cloud.server.app.decode_request", broken)
+    monkeypatch.setattr("apt_model.cloud.server.forwards.decode_request", broken)
     with pytest.raises(AssertionError, match=r"step 0 of seed 0: AssertionError"):
         fuzzer.run(0, 1)
     monkeypatch.undo()
