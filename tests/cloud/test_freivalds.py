@@ -49,6 +49,19 @@ def test_rounding_in_eight_bits_is_not_called_wrong(dtype):
         assert check.wrong(read, came, int8=True).tolist() == [at == 3 for at in range(64)]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_small_output_beside_a_large_one_is_rounded_in_the_large_ones_steps(dtype):
+    x, weight, bias = problem(dtype)
+    weight[::3], bias[::3] = 0, 0.01
+    read = unpack(*pack(x), x.shape[-1], dtype)
+    y = torch.nn.functional.linear(read, weight, bias)
+    came = unpack(*pack(y), y.shape[-1], dtype)
+    check = Freivalds(weight, bias, fold=GROUP, repeats=INT8_REPEATS)
+    assert not check.wrong(read, came, int8=True).any()
+    came[5] = 1e4
+    assert check.wrong(read, came, int8=True).nonzero().tolist() == [[5]]
+
+
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.999), (torch.float16, 0.9), (torch.bfloat16, 0.4)])
 def test_one_flipped_bit_is_caught(dtype, least):
     """The highest bit of the fraction, in any element: what is let through is small beside the other elements."""
@@ -120,6 +133,57 @@ def test_zeros_and_no_bias():
     x = torch.zeros(3, 50)
     assert not Freivalds(weight).wrong(x, torch.zeros(3, 100)).any()
     assert Freivalds(weight).wrong(x, torch.full((3, 100), 1e-3)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "out"), [(256, 640), (300, 64 * 17 + 5), (48, 4100)])
+def test_few_right_tokens_need_a_verdict_and_nearly_all_that_it_calls_wrong_get_one(dtype, width, out):
+    x, weight, bias = problem(dtype, tokens=2000, width=width, out=out)
+    y = torch.nn.functional.linear(x, weight, bias)
+    check = Freivalds(weight, bias)
+    assert check._suspicion.of(x, y).float().mean() < 0.15
+    called, passed = 0, 0
+    for count in (1, 2, 64, out):
+        for size in (1.0, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5, 3e-6):
+            error = torch.randn(2000, count)
+            error *= size * y.float().norm(dim=1, keepdim=True) / error.norm(dim=1, keepdim=True)
+            wrong = y.float()
+            at = int(torch.randint(0, out - count + 1, ()))
+            wrong[:, at : at + count] += error
+            wrong = wrong.to(dtype)
+            by_all = check._verdict(x, wrong, int8=False)
+            found = check.wrong(x, wrong)
+            assert not (found & ~by_all).any()
+            called, passed = called + int(by_all.sum()), passed + int((by_all & ~found).sum())
+    # These are near what is allowed: where their errors in two folds are of opposite signs, the sum may be small.
+    assert passed < 0.02 * called
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e18, 1e20, 1e36])
+def test_numbers_whose_squares_leave_the_range_are_judged_as_others(dtype, size):
+    x, weight, bias = problem(dtype)
+    x, bias = x * size, bias * size
+    y = torch.nn.functional.linear(x, weight, bias)
+    assert y.isfinite().all()
+    check = Freivalds(weight, bias)
+    assert not check.wrong(x, y).any()
+    assert check.wrong(x, y.roll(1, 0)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out", [640, 1000])
+def test_many_tokens_are_looked_at_in_parts(dtype, out):
+    x, weight, bias = problem(dtype, tokens=5000, out=out)
+    check = Freivalds(weight, bias)
+    with torch.inference_mode():  # what it keeps is used outside as well
+        y = torch.nn.functional.linear(x, weight, bias)
+        assert not check.wrong(x, y).any()
+    y = y.clone()
+    places = [0, 523, 524, 2500, 4999]
+    y[places, 7] += 100
+    assert check.wrong(x, y).nonzero()[:, 0].tolist() == places
+    assert check.wrong(x[:0], y[:0]).shape == (0,)
 
 
 # --- int8g64
