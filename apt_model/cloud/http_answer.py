@@ -4,12 +4,14 @@ Of the usual form is one that came whole, says how long its body is, once, and h
 understand differently. What came is handed on, so that whoever reads it next begins at its first byte.
 """
 
+import functools
 import http.client
 import io
 import re
 import socket
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 FIRST = 1 << 16  # bytes that are read at once with a head
@@ -35,9 +37,12 @@ class Head(NamedTuple):
 def head_of(first: bytes) -> Head | None:
     """The head that an answer begins with; None where it is not of the usual form."""
     end = first.find(b"\r\n\r\n", 0, _MOST_HEAD)
-    if end < 0:
-        return None
-    lines = first[:end].split(b"\r\n")
+    return None if end < 0 else _read(first[:end])
+
+
+@functools.lru_cache(maxsize=32)  # a server's answers to one layer differ in their date alone
+def _read(text: bytes) -> Head | None:
+    lines = text.split(b"\r\n")
     status = _LINE.fullmatch(lines[0])
     if status is None or len(lines) > _MOST_LINES:
         return None
@@ -54,7 +59,9 @@ def head_of(first: bytes) -> Head | None:
     told = length.isascii() and length.isdigit() and len(length) <= 18
     if not told or code in _BODILESS or "transfer-encoding" in headers:
         return None
-    return Head(code, headers, int(length), end + 4, "close" in headers.get("connection", "").lower())
+    return Head(
+        code, MappingProxyType(headers), int(length), len(text) + 4, "close" in headers.get("connection", "").lower()
+    )
 
 
 def answer_from(first: bytes, sock: socket.socket, end: float, method: str) -> http.client.HTTPResponse:
