@@ -15,9 +15,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from apt_model.cloud import wire
-from apt_model.cloud.client import Client, Endpoint, Tally, parsed
+from apt_model.cloud.client import Client, Tally, parsed
 from apt_model.cloud.deadline import Clock, Deadline
 from apt_model.cloud.dialect import EXTENSION, Dialect, Inference, find_path, path_of
+from apt_model.cloud.endpoint import Endpoint
 from apt_model.cloud.providers.table import RULES, Rules
 from apt_model.cloud.tensors import Weights
 from apt_model.cloud.transport import Request, Transport
@@ -207,6 +208,7 @@ class OIPBackend(CloudBackend):
         identity: str | None = None,
         tally: Tally | None = None,
         patience: float = math.inf,
+        meanwhile: float | None = None,
     ) -> dict[str, Tensor]:
         """Run a block there.
 
@@ -220,9 +222,10 @@ class OIPBackend(CloudBackend):
             identity: of the forward, the same in all attempts; None makes one.
             tally: what is added to.
             patience: as `Client.ask`.
+            meanwhile: as `Client.ask`.
 
         Raises:
-            CloudError: as `Client.ask`; `RefusedError` where the server does not hold the weights.
+            CloudError: as `Client.ask`, `LateError` too; `RefusedError` where the server does not hold the weights.
         """
         dialect = self.dialect(deadline, tally=tally, patience=patience)
         if parameters and not dialect.own:
@@ -235,7 +238,7 @@ class OIPBackend(CloudBackend):
         asked = Inference.of(
             path, inputs, outputs, dialect=dialect, parameters=parameters or {}, identity=identity
         )  # fmt: skip
-        response = self.client.ask(asked.request, deadline, tally=tally, patience=patience)
+        response = self.client.ask(asked.request, deadline, tally=tally, patience=patience, meanwhile=meanwhile)
         if response.status == 404:
             self._held.discard((weights.model, weights.version))
             self._paths.pop(key, None)

@@ -10,14 +10,15 @@ import os
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from apt_model.cloud.breaker import Breaker
 from apt_model.cloud.deadline import Clock, Deadline
-from apt_model.cloud.transport import Request, Response, Transport
+from apt_model.cloud.endpoint import FEW, LATE, MANY, Endpoint, Kind, kind_of
+from apt_model.cloud.transport import LateError, Request, Response, Transport
 from apt_model.core.errors import CloudError, DeadlineError, RefusedError, WireError
 
 DEADLINE_HEADER = "X-Apt-Deadline-Ms"
@@ -26,8 +27,6 @@ _BUSY = (204, 408, 425, 429, 503)
 _NEVER = 501
 """Not implemented: the one of the server's errors that is its last word."""
 _LONGEST_WAIT = 120.0  # of what a server may ask for
-_SAMPLES = 128
-_ENOUGH = 8
 _REMEDIES = {
     401: "the endpoint does not take the key: see that it is the one of this endpoint, and has not expired",
     403: "the key may not use this endpoint",
@@ -61,24 +60,6 @@ class Tally:
             self.retries += retries
 
 
-class Endpoint:
-    """One server: how it is reached, its breaker, and how long it took lately."""
-
-    def __init__(self, transport: Transport, breaker: Breaker | None = None) -> None:
-        self.transport = transport
-        self.breaker = breaker or Breaker()
-        self._seconds: deque[float] = deque(maxlen=_SAMPLES)
-
-    def took(self, seconds: float) -> None:
-        """Remember a successful exchange."""
-        self._seconds.append(seconds)
-
-    def hedge_after(self) -> float | None:
-        """Seconds after which an answer is late: 1.5 times the slowest in a hundred; None while too few are known."""
-        known = sorted(self._seconds)
-        return 1.5 * known[math.ceil(0.99 * len(known)) - 1] if len(known) >= _ENOUGH else None
-
-
 class Client:
     """Asks the first endpoint that may be asked.
 
@@ -86,6 +67,7 @@ class Client:
         transports: the endpoint and its replicas, the preferred one first.
         retry: how often.
         breaker: makes the breaker of an endpoint.
+        late: an answer is late after so many times the slowest of the last 99; None waits for each to the deadline.
         clock: monotonic seconds.
         sleep: waits.
         chance: from 0 to 1, for the jitter.
@@ -97,19 +79,21 @@ class Client:
         *,
         retry: Retry | None = None,
         breaker: Callable[[], Breaker] | None = None,
+        late: float | None = LATE,
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.endpoints = [Endpoint(each, breaker() if breaker else Breaker(clock=clock)) for each in transports]
-        self._retry = retry or Retry()
+        self._retry, self._late = retry or Retry(), late
         self._clock, self._sleep, self._chance = clock, sleep, chance
         self._pool: tuple[int, concurrent.futures.ThreadPoolExecutor] | None = None
         self._lock = threading.Lock()
 
     def ask(
-        self, request: Request, deadline: Deadline, *, tally: Tally | None = None, patience: float = math.inf
-    ) -> Response:
+        self, request: Request, deadline: Deadline, *, tally: Tally | None = None, patience: float = math.inf,
+        meanwhile: float | None = None,
+    ) -> Response:  # fmt: skip
         """The answer, of status 2xx or 404.
 
         Args:
@@ -118,8 +102,10 @@ class Client:
             tally: what is added to.
             patience: of a caller who can do without: the longest wait that a server may ask for. Where it asks for
                 none, only attempts that need no wait are made.
+            meanwhile: of a caller who can do without, once an answer is late: the seconds that he waits at least.
 
         Raises:
+            LateError: an answer is late, those of replicas too, after `meanwhile` seconds or more.
             CloudError: the last attempt's; `DeadlineError`, `RefusedError` and `WireError` are some.
         """
         tally = tally or Tally()
@@ -133,8 +119,8 @@ class Client:
                 tally.add(retries=1)
             wait: float | None = None
             try:
-                response = self._sent(endpoint, request, deadline, tally)
-            except (RefusedError, DeadlineError):
+                response = self._sent(endpoint, request, deadline, tally, meanwhile)
+            except (RefusedError, DeadlineError, LateError):
                 raise
             except CloudError as error:
                 last = error
@@ -157,7 +143,7 @@ class Client:
 
     def only(self, endpoint: Endpoint) -> "Client":
         """One that asks this endpoint alone, with the same breaker."""
-        made = Client([], retry=self._retry, clock=self._clock, sleep=self._sleep, chance=self._chance)
+        made = Client([], retry=self._retry, late=self._late, clock=self._clock, sleep=self._sleep, chance=self._chance)
         made.endpoints = [endpoint]
         return made
 
@@ -197,36 +183,66 @@ class Client:
         if wait:
             self._sleep(wait)
 
-    def _sent(self, endpoint: Endpoint, request: Request, deadline: Deadline, tally: Tally) -> Response:
-        late = endpoint.hedge_after() if len(self.endpoints) > 1 else None
+    def _sent(
+        self, endpoint: Endpoint, request: Request, deadline: Deadline, tally: Tally, meanwhile: float | None
+    ) -> Response:
+        kind, factor = kind_of(request), self._late
+        beside = [each for each in self.endpoints if each is not endpoint and each.breaker.state != "open"]
+        if factor is None or (meanwhile is None and not beside):
+            return self._once(endpoint, request, kind, deadline, tally)
+        late = endpoint.late_after(kind, factor, FEW if beside else MANY)
         if late is None or late >= deadline.left():
-            return self._once(endpoint, request, deadline, tally)
+            return self._once(endpoint, request, kind, deadline, tally)
+        if not beside:
+            return self._once(endpoint, request, kind, deadline, tally, late=max(late, meanwhile or 0.0))
+        # A replica is asked first; the caller is told when both are late, where that can be known of both.
+        after = beside[0].late_after(kind, factor, MANY) if meanwhile is not None else None
+        both = None if after is None else max(late + after, meanwhile or 0.0)
         pool = self._threads()
-        first = pool.submit(self._once, endpoint, request, deadline, tally)
+        first = pool.submit(self._once, endpoint, request, kind, deadline, tally, late=both)
         concurrent.futures.wait([first], late)
         other = None if first.done() else self._allowed_beside(endpoint)
         if other is None:
             return first.result()
         tally.add(retries=1)
-        second = pool.submit(self._once, other, request, deadline, tally)
-        done, late_ones = concurrent.futures.wait([first, second], return_when=concurrent.futures.FIRST_COMPLETED)
-        for each in [*done, *late_ones]:
+        later = None if both is None else both - late
+        second = pool.submit(self._once, other, request, kind, deadline, tally, late=later)
+        done, pending = concurrent.futures.wait([first, second], return_when=concurrent.futures.FIRST_COMPLETED)
+        for each in [*done, *pending]:
             if each.exception() is None and each.result().status < 300:
+                for one in (first, second):
+                    one.add_done_callback(_end)
                 return each.result()
+        open_ones = [error for each in (first, second) if isinstance(error := each.exception(), LateError)]
+        if open_ones:
+            raise LateError(open_ones[0].message, *(rest for error in open_ones for rest in error.rests))
         return first.result()
 
     def _allowed_beside(self, endpoint: Endpoint) -> Endpoint | None:
         return next((each for each in self.endpoints if each is not endpoint and each.breaker.allow()), None)
 
-    def _once(self, endpoint: Endpoint, request: Request, deadline: Deadline, tally: Tally) -> Response:
-        """One exchange; the breaker that let it through is told how it went."""
-        breaker, left = endpoint.breaker, 0.0
+    def _once(
+        self, endpoint: Endpoint, request: Request, kind: Kind, deadline: Deadline, tally: Tally, *,
+        late: float | None = None, begun: tuple[float, Callable[[], Response]] | None = None,
+    ) -> Response:  # fmt: skip
+        """One exchange, or the rest of one that was late; the breaker that let it through is told how it went."""
+        breaker, left, started = endpoint.breaker, 0.0, 0.0
         try:
-            left = deadline.check(endpoint.transport.name)
-            headers = {**request.headers, DEADLINE_HEADER: str(math.ceil(left * 1000))}
-            started = self._clock()
-            tally.add(sent=request.length)
-            response = endpoint.transport.send(request._replace(headers=headers), timeout=left)
+            if begun is None:
+                left = deadline.check(endpoint.transport.name)
+                headers = {**request.headers, DEADLINE_HEADER: str(math.ceil(left * 1000))}
+                started = self._clock()
+                tally.add(sent=request.length)
+                asked = request._replace(headers=headers)
+                late = None if late is None or late >= left else late
+                response = endpoint.transport.send(asked, timeout=left, late=late)
+            else:
+                response = begun[1]()
+        except LateError as error:
+            endpoint.missed(kind, late or 0.0)
+            begun = started, error.rests[0]
+            rest = partial(self._once, endpoint, request, kind, deadline, tally, late=late, begun=begun)
+            raise LateError(error.message, rest) from error
         except RefusedError:
             breaker.give_up()
             raise
@@ -248,7 +264,9 @@ class Client:
             breaker.failure(severe=response.status in (504, 524))
         else:
             breaker.success()
-            endpoint.took(self._clock() - started)
+            seconds = self._clock() - (begun[0] if begun else started)
+            # When a late answer came is not known: while the caller did something else, which may take long.
+            endpoint.took(kind, min(seconds, 2 * late) if begun and late else seconds)
         return response
 
     def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
@@ -263,6 +281,13 @@ class Client:
         self._lock = threading.Lock()
         for endpoint in self.endpoints:
             endpoint.breaker.renew()
+
+
+def _end(future: "concurrent.futures.Future[Response]") -> None:
+    """What is late beside an answer that was taken is open no longer."""
+    error = None if future.cancelled() else future.exception()
+    if isinstance(error, LateError):
+        error.end()
 
 
 def _refusal(endpoint: Endpoint, response: Response) -> CloudError:

@@ -6,21 +6,26 @@ exchange, however slowly the other side speaks.
 
 import collections
 import http.client
+import math
 import os
 import re
 import select
 import socket
 import ssl
 import time
+from functools import partial
+from typing import NoReturn
 
 from apt_model.cloud.address import parsed, shown
 from apt_model.cloud.http_answer import FIRST, answer_from, head_of, left_until
 from apt_model.cloud.secret import Auth
-from apt_model.cloud.transport import Request, Response, check_length
+from apt_model.cloud.transport import LateError, Request, Response, check_length
 from apt_model.core.errors import CloudError, DeadlineError, RefusedError, WireError
 
 _IDLE = 30.0  # seconds after which a connection is not trusted to be open any more
 _KEPT = 16
+_CONNECT = 2  # times as long as an answer a connection may take before it is late: two round trips with TLS, or three
+_REST = 0.005  # seconds for the rest of an answer that nobody waits for any more
 _PIECE = 1 << 20  # what is written to TLS at once, so that the deadline is seen between
 _TOGETHER = 64  # buffers that are written at once
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
@@ -29,6 +34,10 @@ _NAMES = "give the address that the certificate is for, or have one issued for t
 _CERTIFICATES = {62: _NAMES, 64: _NAMES, 9: "see that this machine's clock is right", 10: "renew it, or set the clock"}
 """What to do, by OpenSSL's number: another host's name or address, not yet valid, expired."""
 _GONE = (ConnectionError, http.client.RemoteDisconnected)
+
+
+class _SilentError(TimeoutError):
+    """Nothing has come yet, of an answer to all that was asked."""
 
 
 class HttpTransport:
@@ -59,21 +68,21 @@ class HttpTransport:
         self._busy: set[http.client.HTTPConnection] = set()
         self._closed = False
 
-    def send(self, request: Request, *, timeout: float) -> Response:
+    def send(self, request: Request, *, timeout: float, late: float | None = None) -> Response:
         """As `Transport.send`. A connection that was closed while it lay idle is replaced, once, without an error."""
         if self._closed:
             raise CloudError(f"{self.name} is closed")
         end = time.monotonic() + timeout
         connection, is_used = self._taken()
         try:
-            return self._exchange(connection or self._connected(end, timeout), request, end)
+            return self._exchange(connection or self._connected(end, timeout, late), request, end, late)
         except _GONE as error:
             if not is_used or self._closed:
                 raise CloudError(f"{self.name} went away: {_words(error)}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._mapped(error, timeout) from error
         try:
-            return self._exchange(self._connected(end, timeout), request, end)
+            return self._exchange(self._connected(end, timeout, late), request, end, late)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._mapped(error, timeout) from error
 
@@ -108,11 +117,11 @@ class HttpTransport:
                 return connection, True
             connection.close()  # a forked process closes its copy; the other process's stays open
 
-    def _connected(self, end: float, timeout: float) -> http.client.HTTPConnection:
+    def _connected(self, end: float, timeout: float, late: float | None) -> http.client.HTTPConnection:
         left = end - time.monotonic()
         if left <= 0:
             raise self._late(timeout)
-        limit = min(left, self._connect_timeout)
+        limit = min(left, self._connect_timeout, math.inf if late is None else _CONNECT * late)
         connection: http.client.HTTPConnection
         if self._is_tls:
             self._context = self._context or ssl.create_default_context()
@@ -123,6 +132,8 @@ class HttpTransport:
             connection.connect()
         except TimeoutError as error:
             connection.close()
+            if limit not in (left, self._connect_timeout):
+                raise LateError(f"{self.name}: no connection within {limit:.3g} s yet", self._given_up) from error
             kind = DeadlineError if limit == left else CloudError
             raise kind(f"{self.name}: no connection within {limit:.3g} s") from error
         except OSError as error:
@@ -130,28 +141,59 @@ class HttpTransport:
             raise self._mapped(error, timeout) from error
         return connection
 
-    def _exchange(self, connection: http.client.HTTPConnection, request: Request, end: float) -> Response:
+    def _exchange(
+        self, connection: http.client.HTTPConnection, request: Request, end: float, late: float | None,
+        *, is_sent: bool = False,
+    ) -> Response:  # fmt: skip
+        soon = end if late is None else min(end, time.monotonic() + late)
         self._busy.add(connection)
-        keep = False
+        keep = waits = False
+        broken = None
         try:
             sock: socket.socket = connection.sock
-            broken = self._write(sock, request, end)
+            if not is_sent:
+                broken = self._write(sock, request, soon)
             try:
-                response, is_open = self._answer(sock, request, end)
+                response, is_open = self._answer(sock, request, soon)
             except (OSError, http.client.HTTPException):
                 if broken is not None:
                     raise broken from None
                 raise
+        except TimeoutError as error:
+            if soon == end:
+                raise
+            waits = isinstance(error, _SilentError)
+            rest = partial(self._rest, connection, request) if waits else self._given_up
+            raise LateError(f"{self.name}: no answer within {late:.3g} s yet", rest) from None
+        else:
             keep = broken is None and is_open and not self._closed
             return response
         finally:
-            self._busy.discard(connection)
-            if keep and len(self._idle) < _KEPT:
-                self._idle.append((os.getpid(), time.monotonic(), connection))
-                if self._closed:
-                    self.close()
-            else:
-                connection.close()
+            if not waits:
+                self._let_go(connection, keep=keep)
+
+    def _let_go(self, connection: http.client.HTTPConnection, *, keep: bool) -> None:
+        self._busy.discard(connection)
+        if keep and len(self._idle) < _KEPT:
+            self._idle.append((os.getpid(), time.monotonic(), connection))
+            if self._closed:
+                self.close()
+        else:
+            connection.close()
+
+    def _rest(self, connection: http.client.HTTPConnection, request: Request) -> Response:
+        """The answer that was late, where it began to come in the meantime; it has a few milliseconds to end."""
+        sock = connection.sock
+        if _is_quiet(connection) and not (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+            self._let_go(connection, keep=False)
+            self._given_up()
+        try:
+            return self._exchange(connection, request, time.monotonic() + _REST, None, is_sent=True)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise CloudError(f"{self.name} went away: {_words(error)}") from error
+
+    def _given_up(self) -> NoReturn:
+        raise CloudError(f"{self.name}: given up, as its answer was late")
 
     def _write(self, sock: socket.socket, request: Request, end: float) -> OSError | None:
         """Send all; where the other side stops listening, it may have answered already: that error is returned."""
@@ -191,8 +233,11 @@ class HttpTransport:
 
     def _answer(self, sock: socket.socket, request: Request, end: float) -> tuple[Response, bool]:
         """What came back, and whether the connection stays open after it."""
-        sock.settimeout(left_until(end))
-        first = sock.recv(FIRST)
+        try:
+            sock.settimeout(left_until(end))
+            first = sock.recv(FIRST)
+        except TimeoutError as error:
+            raise _SilentError from error
         head = head_of(first) if request.method != "HEAD" else None
         if head is None:
             return self._unusual(first, sock, request, end)

@@ -1,10 +1,11 @@
 """A block's forward elsewhere or here: one decision, one count, one fallback, for every layer that offloads."""
 
+import contextlib
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,11 +19,14 @@ from apt_model.cloud.dialect import Dialect
 from apt_model.cloud.int8g64 import GROUP, WIRES, pack, unpack
 from apt_model.cloud.stats import Stats
 from apt_model.cloud.tensors import ACTIVATIONS, Weights
+from apt_model.cloud.transport import LateError
 from apt_model.core.errors import CloudError, ConfigError, InputError, RefusedError
 
 LOG = logging.getLogger(__name__)
 Wire = Literal["exact", "int8g64"]
 _PATIENCE = 0.25  # seconds a forward waits for a busy server where it can be computed here
+_LATE = 0.005  # seconds that an answer has at least, before it is computed here in the meantime,
+_LATE_SHARE = 4  # and one of so many parts of the time that computing here takes: it cannot be stopped once it began
 _MEASURED_AFTER = 4  # forwards elsewhere, before one is repeated here to compare the times
 _LOSES = 1.5
 _SLOWEST = 1e6  # bytes a second that weights travel at, at least, before giving up
@@ -46,7 +50,7 @@ class Offload:
     Args:
         backend: the accelerator elsewhere; None computes here.
         who: the layer, for messages.
-        fallback_local: compute here where it cannot be done there; otherwise the error is raised.
+        fallback_local: compute here where it cannot be done there, or is late; otherwise the error is raised.
         wire: "exact", or "int8g64" for half the bytes or fewer, lossy.
         deadline_s: of a forward, all attempts included; pushing weights is not part of it.
         push: give the server the weights it does not hold.
@@ -92,11 +96,15 @@ class Offload:
         """One forward: `elsewhere`, or `here` where there is a reason, or where that fails and may."""
         with self.stats.forward() as count:
             reason = "no server for tensors" if self.tensors is None else why_local
+            late = None
             if reason is None:
                 try:
                     started = time.perf_counter()
                     found = elsewhere(count.tally)
                     self.stats.took("cloud", time.perf_counter() - started - count.tally.aside, rows)
+                except LateError as error:
+                    late = error
+                    self.stats.failed(error)
                 except (CloudError, InputError) as error:
                     self._fell_back(error)
                 else:
@@ -106,8 +114,9 @@ class Offload:
             else:
                 self.stats.because(reason)
             started = time.perf_counter()
-            found = here()
-            self.stats.took("local", time.perf_counter() - started, rows)
+            with _ended(late):
+                found = here()
+                self.stats.took("local", time.perf_counter() - started, rows)
             count.where = "local"
             return found
 
@@ -124,25 +133,28 @@ class Offload:
         endpoints = self.tensors.client.endpoints if self.tensors else ()
         return {**self.stats.read(), "breaker": [each.breaker.state for each in endpoints]}
 
-    def backward(self, elsewhere: Callable[[Tally], Tensor], here: Callable[[], Tensor] | None) -> Tensor:
+    def backward(self, elsewhere: Callable[[Tally], Tensor], here: Callable[[], Tensor]) -> Tensor:
         """A gradient to the input, there or here."""
-        tally = Tally()
+        tally, late = Tally(), None
         try:
-            found = elsewhere(tally)
-        except (CloudError, InputError) as error:
-            if isinstance(error, CloudError):
-                self.stats.failed(error)
-            if here is None or not self.fallback_local:
-                raise
-        else:
-            self.stats.add("backward_cloud")
-            return found
+            try:
+                found = elsewhere(tally)
+            except (CloudError, InputError) as error:
+                if isinstance(error, CloudError):
+                    self.stats.failed(error)
+                late = error if isinstance(error, LateError) else None
+                if not self.fallback_local:
+                    raise
+            else:
+                self.stats.add("backward_cloud")
+                return found
+            self.stats.add("backward_local")
+            with _ended(late):
+                return here()
         finally:
             for name in ("sent", "received"):
                 self.stats.add(f"bytes_{name}", getattr(tally, name))
             self.stats.add("retries", tally.retries)
-        self.stats.add("backward_local")
-        return here()
 
     def ask(
         self, weights: Weights, inputs: Mapping[str, Tensor], output: Output, tally: Tally, *, suffix: str = ""
@@ -164,7 +176,8 @@ class Offload:
         request_row = sum(self._row_bytes(each.shape[1:], each.dtype, dialect) for each in inputs.values())
         answer_row = self._row_bytes(output.rest, lead.dtype, dialect)
         step = rows_that_fit(backend.limits(), request_row, answer_row, self.who)
-        call = _Call(backend, weights, suffix, output, deadline, os.urandom(16).hex(), tally)
+        meanwhile = self._meanwhile(lead.numel() // max(lead.shape[-1], 1))
+        call = _Call(backend, weights, suffix, output, deadline, os.urandom(16).hex(), tally, meanwhile)
         if step >= len(lead):
             return self._ask_chunk(call, inputs)
         chunks = []
@@ -201,7 +214,7 @@ class Offload:
             return call.backend.infer(
                 call.weights, sent, wanted, deadline=call.deadline, suffix=call.suffix, identity=call.identity,
                 tally=call.tally, parameters={} if self.wire == "exact" else {"wire": self.wire},
-                patience=self._patience,
+                patience=self._patience, meanwhile=call.meanwhile,
             )  # fmt: skip
 
         try:
@@ -226,6 +239,12 @@ class Offload:
     def _patience(self) -> float:
         """Seconds that a busy server is waited for."""
         return min(_PATIENCE, self.deadline_s) if self.fallback_local else math.inf
+
+    def _meanwhile(self, rows: int) -> float | None:
+        """Seconds that an answer has at least before it is computed here; None waits for it to the deadline."""
+        if not self.fallback_local:
+            return None
+        return max(_LATE, rows * (self.stats.mean("local") or 0.0) / _LATE_SHARE)
 
     def _row_bytes(self, shape: Sequence[int], dtype: torch.dtype, dialect: Dialect) -> int:
         count = math.prod(shape)
@@ -285,6 +304,17 @@ class _Call(NamedTuple):
     deadline: Deadline
     identity: str
     tally: Tally
+    meanwhile: float | None
+
+
+@contextlib.contextmanager
+def _ended(late: LateError | None) -> Iterator[None]:
+    """Around what is computed in the meantime, whatever becomes of it."""
+    try:
+        yield
+    finally:
+        if late is not None:
+            late.end()
 
 
 def why_here(x: Tensor, *, autocast: bool = False) -> str | None:

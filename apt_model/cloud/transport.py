@@ -1,10 +1,12 @@
 """The boundary to another machine: one method, with foreign errors mapped where they enter."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -47,16 +49,43 @@ class Response:
     body: bytearray = field(repr=False)
 
 
+class LateError(CloudError):
+    """No answer yet. The exchanges are open; `end` must be called, after what their answers were wanted for.
+
+    Args:
+        message: whose answer.
+        rests: each gives the answer where it came in the meantime, or closes its exchange and raises `CloudError`.
+    """
+
+    def __init__(self, message: str, *rests: Callable[[], Response]) -> None:
+        super().__init__(message)
+        self.rests = rests
+
+    def end(self) -> None:
+        """Read or close what is open. An answer that came is of no use to the caller any more."""
+        rests, self.rests = self.rests, ()
+        for rest in rests:
+            with contextlib.suppress(CloudError):
+                rest()
+
+
 class Transport(Protocol):
     """Sends one request and returns its answer, whatever its status is."""
 
     name: str
     """Of the endpoint, for messages: its address, without a key."""
 
-    def send(self, request: Request, *, timeout: float) -> Response:
+    def send(self, request: Request, *, timeout: float, late: float | None = None) -> Response:
         """Send, and read the answer, in `timeout` seconds together.
 
+        Args:
+            request: what is asked.
+            timeout: seconds.
+            late: seconds after which a caller has something better to do than to wait; None waits to the end. A
+                transport whose answers come when they come need not heed it.
+
         Raises:
+            LateError: there is no answer after `late` seconds.
             DeadlineError: the time is over.
             CloudError: the endpoint was not reached, or went away.
             RefusedError: it cannot be trusted, or points elsewhere.
@@ -101,11 +130,21 @@ class InProcess:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def send(self, request: Request, *, timeout: float) -> Response:
+    def send(self, request: Request, *, timeout: float, late: float | None = None) -> Response:
         """As `Transport.send`."""
         headers = {**request.headers, **dict([self._auth.pair()] if self._auth else [])}
         loop = self._running()
         waiting = asyncio.run_coroutine_threadsafe(asyncio.wait_for(self._ask(request, headers), timeout), loop)
+        if late is not None and concurrent.futures.wait([waiting], late).not_done:
+            raise LateError(f"{self.name}: no answer within {late:.3g} s yet", partial(self._rest, waiting, timeout))
+        return self._result(waiting, timeout)
+
+    def _rest(self, waiting: "concurrent.futures.Future[Response]", timeout: float) -> Response:
+        if waiting.cancel():
+            raise CloudError(f"{self.name}: given up")
+        return self._result(waiting, timeout)
+
+    def _result(self, waiting: "concurrent.futures.Future[Response]", timeout: float) -> Response:
         try:
             return waiting.result()
         except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11

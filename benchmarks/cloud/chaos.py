@@ -2,9 +2,10 @@
 
     python benchmarks/cloud/chaos.py [--forwards 10000] [--seed 0] [--kills 100] [--folder amd-epyc-2-cores]
 
-Rows: one server and one thread, whose outcomes follow from the seed; two replicas and four threads; and servers that
-are killed by SIGKILL in the middle of a call, with the time from the kill to the local result, the local computation
-itself taken off: forked ones, and `apt-model serve` itself. Leaves with 1 where an answer is wrong, a count is off, or
+Rows: one server and one thread, whose outcomes follow from the seed, as no answer is late there before the deadline;
+two replicas and four threads; one server and four threads; and servers that are killed by SIGKILL or stopped by SIGSTOP
+in the middle of a call, with the time from the signal to the local result, the local computation itself taken off:
+forked ones, and `apt-model serve` itself, with short calls and long ones. Leaves with 1 where an answer is wrong, a count is off, or
 something is left open.
 """
 
@@ -26,13 +27,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 import record  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from kills import killed  # noqa: E402
+from kills import SIZES, halted  # noqa: E402
 from servers import Nursery, Server  # noqa: E402
 
 from apt_model.cloud import freivalds  # noqa: E402
 from apt_model.cloud.backend import OIPBackend  # noqa: E402
 from apt_model.cloud.breaker import Breaker  # noqa: E402
 from apt_model.cloud.client import Client, Retry  # noqa: E402
+from apt_model.cloud.endpoint import LATE  # noqa: E402
 from apt_model.cloud.fake import Answer, refusal  # noqa: E402
 from apt_model.cloud.fake_http import Served  # noqa: E402
 from apt_model.cloud.http_transport import HttpTransport  # noqa: E402
@@ -145,7 +147,8 @@ class Run:
         # The breaker's seconds are forwards, so that one thread's outcomes follow from the seed.
         breaker = lambda: Breaker(first=4.0, longest=16.0, clock=lambda: float(self.done))  # noqa: E731
         transports = [HttpTransport(each.url) for each in self.served]
-        client = Client(transports, retry=Retry(first=0.002, longest=0.01), breaker=breaker)
+        late = LATE if threads > 1 else None  # what is late does not follow from a seed
+        client = Client(transports, retry=Retry(first=0.002, longest=0.01), breaker=breaker, late=late)
         self.backend = OIPBackend(transports, client=client)
         torch.manual_seed(seed)
         freivalds.secrets.randbits = random.Random(seed).getrandbits  # what the check draws follows from the seed too
@@ -240,7 +243,7 @@ def main():
     above, rows = record.header(), []
     nursery = Nursery()
     try:
-        for replicas, threads in ((1, 1), (2, 4)):
+        for replicas, threads in ((1, 1), (2, 4), (1, 4)):
             before = held()
             rows.append(Run(nursery, options.seed, options.forwards, replicas, threads).row())
             rows[-1]["files_and_threads_left"] = [now - then for now, then in zip(held(), before, strict=True)]
@@ -251,19 +254,18 @@ def main():
         for name, make in ways:
             server = make()
             try:
-                rows.append({"server": name, **killed(server, options.kills, options.seed)})
+                for size, how in ((size, how) for size in SIZES for how in ("kill", "stop")):
+                    rows.append({"server": name, **halted(server, how, size, options.kills, options.seed)})
+                    print(json.dumps(rows[-1]), flush=True)
             finally:
                 server.close()
-            print(json.dumps(rows[-1]), flush=True)
     finally:
         nursery.close()
     if options.folder:
         above["machine"]["device"] = record.processor()
         above["command"] = " ".join(["python", "benchmarks/cloud/chaos.py", *sys.argv[1:]])
         print(record.write("cloud_chaos", rows, folder=ROOT / "benchmarks" / "results" / options.folder, above=above))
-    sound = all(
-        row["right"] == (row["forwards"] if "forwards" in row else row["kills"]) and row["counts_exact"] for row in rows
-    )
+    sound = all(row["right"] == row.get("forwards", row.get("halts")) and row["counts_exact"] for row in rows)
     left = any(row.get("connections_left") or any(row.get("files_and_threads_left", ())) for row in rows)
     return int(not sound or left)
 

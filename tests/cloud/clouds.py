@@ -36,11 +36,11 @@ def bearer(key=CANARY):
 
 @contextlib.contextmanager
 def in_process(*fakes, retry=None, **options):
-    """A backend over fakes in this process."""
+    """A backend over fakes in this process, where nothing is late: what is computed elsewhere follows from the test."""
     fakes = fakes or (FakeServer(),)
     auths = [bearer(each.key) if getattr(each, "key", None) else None for each in fakes]
     transports = [InProcess(each, auth=auth) for each, auth in zip(fakes, auths, strict=True)]
-    backend = OIPBackend(transports, client=Client(transports, retry=retry or Retry()), **options)
+    backend = OIPBackend(transports, client=Client(transports, retry=retry or Retry(), late=None), **options)
     try:
         yield backend
     finally:

@@ -171,7 +171,7 @@ class _Told:
     def __init__(self):
         self.answer = None
 
-    def send(self, request, *, timeout):  # noqa: ARG002 - a transport's
+    def send(self, request, *, timeout, late=None):  # noqa: ARG002 - a transport's
         status, headers, body = self.answer
         return Response(status=status, headers=headers, body=bytearray(body[: request.most]))
 

@@ -89,8 +89,8 @@ def test_the_long_runs_command_in_short(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    one, replicas = (json.loads(line) for line in done.stdout.splitlines())
-    assert one["right"] == replicas["right"] == 150
+    one, replicas, threads = (json.loads(line) for line in done.stdout.splitlines())
+    assert one["right"] == replicas["right"] == threads["right"] == 150
     assert one["bit_equal"] > 140
     assert one["kills"] > 0
     assert one["cloud_calls"] > 75

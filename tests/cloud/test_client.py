@@ -19,7 +19,7 @@ class Script:
     def __init__(self, *steps, name="https://a", clock=None):
         self.steps, self.name, self.clock, self.asked, self.closed = list(steps), name, clock, [], False
 
-    def send(self, request, *, timeout):
+    def send(self, request, *, timeout, late=None):  # noqa: ARG002 - nothing is late here
         self.asked.append((request, timeout))
         step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
         if isinstance(step, float):

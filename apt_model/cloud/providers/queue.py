@@ -35,8 +35,8 @@ class QueueTransport:
         self._transport = transport
         self._sleep = sleep
 
-    def send(self, request: Request, *, timeout: float) -> Response:
-        """As `Transport.send`; a job whose time is over is cancelled."""
+    def send(self, request: Request, *, timeout: float, late: float | None = None) -> Response:  # noqa: ARG002 - a job
+        """As `Transport.send`; a job whose time is over is cancelled, and none is late: it waits for its turn."""
         end = time.monotonic() + timeout
         body = base64.b64encode(b"".join(request.parts)).decode()
         asked = {"method": request.method, "path": request.path, "headers": dict(request.headers), "body": body}
