@@ -15,11 +15,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from apt_model.cloud import wire
-from apt_model.cloud.client import Client, Tally, parsed
+from apt_model.cloud.client import Client, Tally
 from apt_model.cloud.deadline import Clock, Deadline
 from apt_model.cloud.dialect import EXTENSION, Dialect, Inference, find_path, path_of
 from apt_model.cloud.endpoint import Endpoint
 from apt_model.cloud.providers.table import RULES, Rules
+from apt_model.cloud.refusals import parsed
 from apt_model.cloud.tensors import Weights
 from apt_model.cloud.transport import Request, Transport
 from apt_model.core.errors import CloudError, ConfigError, RefusedError

@@ -4,34 +4,23 @@ A forward changes nothing on a server, so that asking again is always right; the
 """
 
 import concurrent.futures
-import json
 import math
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from apt_model.cloud.breaker import Breaker
 from apt_model.cloud.deadline import Clock, Deadline
 from apt_model.cloud.endpoint import FEW, LATE, MANY, Endpoint, Kind, kind_of
+from apt_model.cloud.refusals import BUSY, NEVER, named_wait, refusal_of
 from apt_model.cloud.transport import LateError, Request, Response, Transport
-from apt_model.core.errors import CloudError, DeadlineError, RefusedError, WireError
+from apt_model.core.errors import CloudError, DeadlineError, RefusedError
 
 DEADLINE_HEADER = "X-Apt-Deadline-Ms"
-_BUSY = (204, 408, 425, 429, 503)
-"""Answers of a server that is alive and may do it later; RunPod's workers say 204 while they load."""
-_NEVER = 501
-"""Not implemented: the one of the server's errors that is its last word."""
-_LONGEST_WAIT = 120.0  # of what a server may ask for
-_REMEDIES = {
-    401: "the endpoint does not take the key: see that it is the one of this endpoint, and has not expired",
-    403: "the key may not use this endpoint",
-    413: "the server's or the gateway's body limit is smaller than it says: raise it (--max-body)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +114,12 @@ class Client:
             except CloudError as error:
                 last = error
             else:
-                if (response.status < 300 and response.status not in _BUSY) or response.status == 404:
+                if (response.status < 300 and response.status not in BUSY) or response.status == 404:
                     return response
-                last = _refusal(endpoint, response)
+                last = refusal_of(endpoint.transport, response)
                 if isinstance(last, RefusedError):
                     raise last
-                wait = _named_wait(response)
+                wait = named_wait(response)
             if attempt + 1 == self._retry.attempts:
                 break
             tried.append(endpoint)
@@ -260,7 +249,7 @@ class Client:
             breaker.give_up()
             raise
         tally.add(received=len(response.body))
-        if response.status >= 500 and response.status not in (_NEVER, 503):
+        if response.status >= 500 and response.status not in (NEVER, 503):
             breaker.failure(severe=response.status in (504, 524))
         else:
             breaker.success()
@@ -288,48 +277,3 @@ def _end(future: "concurrent.futures.Future[Response]") -> None:
     error = None if future.cancelled() else future.exception()
     if isinstance(error, LateError):
         error.end()
-
-
-def _refusal(endpoint: Endpoint, response: Response) -> CloudError:
-    """The error for an answer that is not one of success."""
-    said = endpoint.transport.redact(_said(response))
-    name, status = endpoint.transport.name, response.status
-    words = f"{name} answers {status}{f': {said[:300]}' if said else ''}"
-    if status in _BUSY or (status >= 500 and status != _NEVER):
-        return CloudError(words)
-    return RefusedError(words, remedy=_REMEDIES.get(status))
-
-
-def _said(response: Response) -> str:
-    """The server's words, on one line, without anything a terminal obeys."""
-    try:
-        found: Any = json.loads(bytes(response.body[:65536]))
-        # FastAPI's servers refuse with "detail" what is no request at all.
-        text = found.get("error", found.get("detail", "")) if isinstance(found, Mapping) else ""
-    except (ValueError, RecursionError):
-        text = bytes(response.body[:1000]).decode("utf-8", "replace")
-    return "".join(letter if letter.isprintable() else " " for letter in str(text))
-
-
-def _named_wait(response: Response) -> float | None:
-    """Seconds that the server asks for; None where it names none, or none that make sense."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        try:
-            seconds = float(response.headers.get(name, "")) * unit
-        except ValueError:
-            continue
-        if 0 <= seconds < math.inf:
-            # What is too long to wait for ends it, by the caller's deadline.
-            return seconds if seconds <= _LONGEST_WAIT else math.inf
-    return None
-
-
-def parsed(response: Response, who: str) -> Mapping[str, Any]:
-    """An answer's JSON object; `WireError` where it is none."""
-    try:
-        found = json.loads(bytes(response.body))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, Mapping):
-        raise WireError(f"{who}: expected a JSON object, got something else")
-    return found

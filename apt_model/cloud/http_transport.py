@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from apt_model.cloud.address import parsed, shown
 from apt_model.cloud.http_answer import FIRST, answer_from, head_of, left_until
+from apt_model.cloud.http_errors import mapped, too_late, words
 from apt_model.cloud.secret import Auth
 from apt_model.cloud.transport import LateError, Request, Response, check_length
 from apt_model.core.errors import CloudError, DeadlineError, RefusedError, WireError
@@ -30,9 +31,6 @@ _PIECE = 1 << 20  # what is written to TLS at once, so that the deadline is seen
 _TOGETHER = 64  # buffers that are written at once
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _NO_NAME = re.compile(r"[:\s]")
-_NAMES = "give the address that the certificate is for, or have one issued for this name"
-_CERTIFICATES = {62: _NAMES, 64: _NAMES, 9: "see that this machine's clock is right", 10: "renew it, or set the clock"}
-"""What to do, by OpenSSL's number: another host's name or address, not yet valid, expired."""
 _GONE = (ConnectionError, http.client.RemoteDisconnected)
 
 
@@ -78,13 +76,13 @@ class HttpTransport:
             return self._exchange(connection or self._connected(end, timeout, late), request, end, late)
         except _GONE as error:
             if not is_used or self._closed:
-                raise CloudError(f"{self.name} went away: {_words(error)}") from error
+                raise CloudError(f"{self.name} went away: {words(error)}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._mapped(error, timeout) from error
+            raise mapped(error, self.name, timeout) from error
         try:
             return self._exchange(self._connected(end, timeout, late), request, end, late)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._mapped(error, timeout) from error
+            raise mapped(error, self.name, timeout) from error
 
     def redact(self, text: str) -> str:
         """As `Transport.redact`."""
@@ -120,7 +118,7 @@ class HttpTransport:
     def _connected(self, end: float, timeout: float, late: float | None) -> http.client.HTTPConnection:
         left = end - time.monotonic()
         if left <= 0:
-            raise self._late(timeout)
+            raise too_late(self.name, timeout)
         limit = min(left, self._connect_timeout, math.inf if late is None else _CONNECT * late)
         connection: http.client.HTTPConnection
         if self._is_tls:
@@ -138,7 +136,7 @@ class HttpTransport:
             raise kind(f"{self.name}: no connection within {limit:.3g} s") from error
         except OSError as error:
             connection.close()
-            raise self._mapped(error, timeout) from error
+            raise mapped(error, self.name, timeout) from error
         return connection
 
     def _exchange(
@@ -190,7 +188,7 @@ class HttpTransport:
         try:
             return self._exchange(connection, request, time.monotonic() + _REST, None, is_sent=True)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise CloudError(f"{self.name} went away: {_words(error)}") from error
+            raise CloudError(f"{self.name} went away: {words(error)}") from error
 
     def _given_up(self) -> NoReturn:
         raise CloudError(f"{self.name}: given up, as its answer was late")
@@ -290,25 +288,6 @@ class HttpTransport:
             raise WireError(f"{self.name}: the answer ends after {place} of {length} bytes")
         return body
 
-    def _late(self, timeout: float) -> DeadlineError:
-        return DeadlineError(f"{self.name}: no answer within {timeout:.3g} s")
-
-    def _mapped(self, error: Exception, timeout: float) -> CloudError:
-        if isinstance(error, TimeoutError):
-            return self._late(timeout)
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return RefusedError(
-                f"{self.name}: its certificate cannot be trusted: {error.verify_message}",
-                remedy=_CERTIFICATES.get(
-                    error.verify_code,
-                    "see that the address is right; the certificate of a private authority goes into a file that "
-                    "SSL_CERT_FILE names",
-                ),
-            )
-        if isinstance(error, http.client.HTTPException | ValueError):
-            return WireError(f"{self.name}: what it answers is no HTTP: {type(error).__name__}")
-        return CloudError(f"{self.name} cannot be reached: {_words(error)}")
-
 
 def _records(pieces: list[memoryview]) -> list[memoryview]:
     """The same bytes as TLS takes them: what is short goes together, what is long in pieces."""
@@ -332,7 +311,3 @@ def _cut(connection: http.client.HTTPConnection) -> None:
             sock.shutdown(socket.SHUT_RDWR)
     except OSError:
         pass
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:200]

@@ -255,10 +255,9 @@ def _input_gradient(ctx: Any, dy: Tensor, weight: Tensor) -> Tensor:
     offload, known = ctx.offload, ctx.known
 
     def elsewhere(tally: Tally) -> Tensor:
-        # The protocol's backward takes x as well; a linear's gradient does not depend on it, and zeros would be sent.
-        x = dy.new_zeros(len(dy), weight.shape[1])
         output = Output(name="dx", rest=(weight.shape[1],))
-        dx: Tensor = offload.ask(known.weights, {"x": x, "dy": dy}, output, tally, suffix=".bwd")
+        # x is not sent: a product's gradient does not depend on it.
+        dx: Tensor = offload.ask(known.weights, {"dy": dy}, output, tally, suffix=".bwd")
         check = known.check_backward()
         if check is not None:
             check.check(_as_read(dy, offload), dx.cpu(), offload.who, int8=offload.wire == "int8g64")

@@ -74,6 +74,22 @@ def test_the_gradient_is_autograds(tmp_path, dtype):
     x, dy = noise(3, 16, seed=1).to(dtype).requires_grad_(), noise(3, 24, seed=2).to(dtype)
     F.linear(x, **tensors).backward(dy)
     assert torch.equal(infer(app, "m0.bwd", {"x": x.detach(), "dy": dy})["dx"], x.grad)
+    assert torch.equal(infer(app, "m0.bwd", {"dy": dy})["dx"], x.grad)  # it does not depend on x
+    about = json.loads(status(app, "GET", "/v2/models/m0.bwd")[2])
+    assert [each["optional"] for each in about["inputs"]] == [True, False]
+
+
+def test_a_gradient_whose_x_did_not_come(tmp_path):
+    save_file(
+        {"up.weight": noise(40, 16), "down.weight": noise(8, 40)}, tmp_path / "a.safetensors",
+        metadata={"kind": "mlp", "config": "{}"},
+    )  # fmt: skip
+    linear_file(tmp_path / "b.safetensors")
+    app = application(tmp_path, tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    for path, tensors in (("m0.bwd", {"dy": noise(2, 8)}), ("m1.bwd", {}), ("m1.bwd", {"dy": noise(2, 23)})):
+        body, headers = request(tensors)
+        code, _, text = status(app, "POST", f"/v2/models/{path}/infer", body, headers)
+        assert (code, b"expected" in text) == (400, True), text
 
 
 def test_an_mlp_and_its_gradient(tmp_path):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from apt_model.cloud.client import parsed
+from apt_model.cloud.refusals import parsed
 from apt_model.cloud.transport import Request, Response, Transport
 from apt_model.core.errors import CloudError, DeadlineError, WireError
 

@@ -54,6 +54,9 @@ class Block:
         others: further inputs.
     """
 
+    gradient_needs_x = True
+    """Whether `backward` looks at the values of `x`."""
+
     def __init__(self, module: nn.Module, x: Port, y: Port, others: tuple[Port, ...] = ()) -> None:
         self.module, self.x, self.y, self.others = module, x, y, others
         self.dtype = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
@@ -177,6 +180,8 @@ def two_ports(wide_in: int, wide_out: int) -> tuple[Port, Port]:
 
 class _Linear(Block):
     """x W^T + b; its backward needs no forward."""
+
+    gradient_needs_x = False
 
     @cached_property
     def _plain(self) -> tuple[Tensor, Tensor | None] | None:

@@ -46,6 +46,8 @@ def answer(
     block = model.block
     tensors = _unpacked(message.tensors, block, wire)
     dy = tensors.pop("dy", None)
+    if backward and dy is not None and "x" not in tensors and not block.gradient_needs_x:
+        tensors["x"] = dy.new_zeros(()).expand(*dy.shape[:-1], block.x.shape[-1])  # takes no memory
     checked, check = message.checked, (model.version, backward, max_answer)
     if checked is None or check not in checked:  # none of it looks at the tensors' values
         _check_wanted(message, "dx" if backward else "y", wire)
@@ -90,7 +92,8 @@ def describe(model: Model, versions: list[str], *, backward: bool) -> dict[str, 
     block, own = model.block, NAMES[model.block.dtype]
     ins, outs = [*block.inputs], [block.y]
     if backward:
-        ins, outs = [*ins, _gradient(block.y)], [block.x._replace(name="dx")]
+        x = block.x._replace(optional=not block.gradient_needs_x)
+        ins, outs = [x, *block.others, _gradient(block.y)], [block.x._replace(name="dx")]
 
     def shown(ports: list[Port]) -> list[dict[str, Any]]:
         return [
