@@ -43,6 +43,8 @@ from apt_model.optimization.remote_layers import offload_layers
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # Of a thread of autograd's whose first product it is.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
 ]
 DEVICE = "cuda"
 HALVES = [torch.float16, torch.bfloat16]
@@ -54,9 +56,10 @@ NEAR = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-4}
 LLAMA = tf.LlamaConfig(hidden_size=WIDE, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
                        num_key_value_heads=2, max_position_embeddings=128, vocab_size=64, use_cache=False,
                        bos_token_id=1, eos_token_id=2, initializer_range=0.06)  # fmt: skip
-# Ten layers of 4.5 MB, or of 1.3 MB in 4 bits, through room for two.
-DEEP = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 8}
-GPU_MB = 10.5
+# Six layers of 4.5 MB, or of 1.3 MB in 4 bits: more than the share of the GPU either way.
+DEEP = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
+GPU_MB = 6
+SAID = 2  # the descriptor of stderr: what a server logs stands under the test that failed
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +82,7 @@ def backend_of(port):
 
 @pytest.fixture(scope="module")
 def port():
-    with running("--allow-upload", device=DEVICE) as (_, port):
+    with running("--allow-upload", device=DEVICE, log=SAID) as (_, port):
         yield port
 
 
@@ -92,7 +95,7 @@ def backend(port):
 @pytest.fixture(scope="module")
 def streaming():
     """The port of a server that has room for a part of a block on the GPU."""
-    with running("--allow-upload", "--gpu-mb", GPU_MB, "--ram-mb", 400, device=DEVICE) as (_, port):
+    with running("--allow-upload", "--gpu-mb", GPU_MB, "--ram-mb", 400, device=DEVICE, log=SAID) as (_, port):
         yield port
 
 
@@ -247,7 +250,7 @@ def test_eight_bits_on_the_way(backend, dtype):
 def test_a_block_that_is_larger_than_the_gpus_share(streaming, form):
     with backend_of(streaming) as backend:
         dtype = torch.bfloat16
-        pair = Pair(llama(0, 9, **DEEP), dtype, backend, quantize=form)
+        pair = Pair(llama(0, 5, **DEEP), dtype, backend, quantize=form)
         assert sum(each.nbytes for each in pair.block.module.parameters()) > GPU_MB * 1e6
         for number in range(3):
             (y, dx), (expected, gradient) = pair.asked(), pair.here()
@@ -296,7 +299,7 @@ def test_memory_that_the_gpu_does_not_have(backend, port):
     assert (status, b"not enough memory" in said) == (503, True), said
     assert "retry-after" in found
     assert torch.equal(block(x), before)
-    assert torch.equal(before, x * 16)
+    torch.testing.assert_close(before, x * 16, rtol=1e-2, atol=0.0)  # parts of sums may be added in fp16
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -386,7 +389,7 @@ def test_a_server_that_is_killed_leaves_it_to_this_gpu():
     linear = nn.Linear(WIDE, OUT, device=DEVICE, dtype=torch.bfloat16).requires_grad_(requires_grad=False)
     x = noise(LENGTH, WIDE).to(DEVICE, torch.bfloat16)
     ids = tokens(ROWS, LENGTH, seed=1).to(DEVICE)
-    with running("--allow-upload", device=DEVICE) as (process, port), backend_of(port) as backend:
+    with running("--allow-upload", device=DEVICE, log=SAID) as (process, port), backend_of(port) as backend:
         layer = CloudNPULinear.from_linear(linear, cloud_backend=backend, deadline_s=SECONDS)
         here, there, block = half(causal_lm(torch.bfloat16), (2, 3), backend)
         expected, whole = F.linear(x, linear.weight, linear.bias), logits(here, ids)
