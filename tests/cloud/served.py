@@ -101,9 +101,9 @@ def infer(app, model, tensors, *, path=None, more=(), **options):
 
 
 @contextlib.contextmanager
-def running(*args, env=None, log=None, port=0):
+def running(*args, device="cpu", env=None, log=None, port=0):
     """`apt-model serve` in a process of its own: the process and its port, once it is ready."""
-    command = [sys.executable, "-m", "apt_model", "serve", "--port", str(port), "--device", "cpu", *map(str, args)]
+    command = [sys.executable, "-m", "apt_model", "serve", "--port", str(port), "--device", device, *map(str, args)]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
