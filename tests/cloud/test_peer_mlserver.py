@@ -118,7 +118,7 @@ def test_many_tokens_are_cut_by_what_their_numbers_take_in_json(port, monkeypatc
         send = backend.client.endpoints[0].transport.send
         monkeypatch.setattr(
             backend.client.endpoints[0].transport, "send",
-            lambda each, timeout: (asked.append(each), send(each, timeout=timeout))[1],
+            lambda each, **times: (asked.append(each), send(each, **times))[1],
         )  # fmt: skip
         x = torch.randn(50, WIDE)
         with torch.no_grad():

@@ -6,12 +6,15 @@ take longer than a short forward's product. A forward that comes whole, in one p
 """
 
 import asyncio
+import contextlib
 import importlib
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 from apt_model.cloud.server.app import Application
+from apt_model.cloud.server.exchange import BODY_INTO
 from apt_model.cloud.server.heads import JSON_LENGTH
 from apt_model.cloud.wire import Buffer
 from apt_model.core.errors import MissingExtraError
@@ -28,6 +31,7 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
     base: Any = imported("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
 
     class Bounded(base):  # type: ignore[misc]
+        parser: Any
         heard = 0.0
         """When a request's head began, or 0 between requests and within a body."""
         head = 0
@@ -54,6 +58,7 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
+            self.scope["extensions"] = {BODY_INTO: self.body_into}
             self.heard = self.heard or time.monotonic()
 
         def on_headers_complete(self) -> None:
@@ -99,6 +104,26 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
             if body:
                 self.on_body(body)
 
+        def body_into(self, buffer: memoryview, on_bytes: Callable[[], None]) -> "_Filler":
+            """Read the body that is coming into memory of its length, without a copy between and a step a piece."""
+            come = memoryview(self.cycle.body)
+            buffer[: len(come)] = come
+            filler = _Filler(self, buffer, len(come), on_bytes)
+            self.cycle.body = b""
+            if self.cycle.more_body:
+                self.transport.set_protocol(filler)
+                if not self.cycle.disconnected:
+                    self.cycle.message_event.clear()
+            return filler
+
+        def body_filled(self) -> None:
+            """The body is there; what follows is for a parser that has not waited for it."""
+            self.transport.set_protocol(self)
+            self.parser = type(self.parser)(self)
+            with contextlib.suppress(AttributeError):  # as uvicorn does it
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.on_message_complete()
+
         def send_at_once(self, parts: list[Buffer], length: int) -> None:
             """An answer whose JSON has this length, in one write, as uvicorn would."""
             total = sum([len(part) for part in parts])
@@ -123,6 +148,40 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
             self.transport.close()
 
     return Bounded
+
+
+class _Filler(asyncio.BufferedProtocol):
+    """A connection while a body is read: the socket writes where it is wanted."""
+
+    def __init__(self, connection: Any, buffer: memoryview, place: int, on_bytes: Callable[[], None]) -> None:
+        self._connection, self._buffer, self.place, self._on_bytes = connection, buffer, place, on_bytes
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - all that is missing
+        """The memory of what has not come."""
+        return self._buffer[self.place :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """So much more is there."""
+        self.place += nbytes
+        self._on_bytes()
+        if self.place == len(self._buffer):
+            self._connection.body_filled()
+
+    def eof_received(self) -> None:
+        """As the connection's, like those that follow."""
+        self._connection.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See above."""
+        self._connection.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """See above."""
+        self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        """See above."""
+        self._connection.resume_writing()
 
 
 class _Together:

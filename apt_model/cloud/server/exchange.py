@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,10 @@ from apt_model.cloud.wire import Buffer
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
+BODY_INTO = "apt.body_into"
+"""An extension of ASGI that our connections have: called with memory of the body's length and with what is to be called
+when some of it came, it has the body read there, and returns what says how much that is (`place`). The next message
+about the body comes when it is whole, and has no bytes."""
 _JOINED = 1 << 16  # parts below this are sent as one
 _DROPPED = 1 << 20  # bytes of a refused body that are read before the answer
 _HEARD_OUT = 1 << 28  # and after it
@@ -43,10 +46,30 @@ class Exchange:
         self.status = 0
         self.sent = 0
         self._receive, self._send, self._is_last = receive, send, is_last
+        self._into = scope.get("extensions", {}).get(BODY_INTO)
         self._whole = False  # the body has been read
 
-    async def pieces(self, reading: Reading, take: Callable[[bytes], Awaitable[None] | None], length: int) -> None:
-        """Hand every piece of the body to `take`.
+    async def read_into(self, reading: Reading, buffer: memoryview) -> None:
+        """Read the body into memory of its length.
+
+        Raises:
+            Refusal, Gone: as `pieces`.
+        """
+        place, length = 0, len(buffer)
+        filler = self._into(buffer, reading.heard) if self._into is not None and length > _JOINED else None
+
+        def take(piece: bytes) -> None:
+            nonlocal place
+            buffer[place : place + len(piece)] = piece
+            place += len(piece)
+
+        await self.pieces(reading, take, length, None if filler is None else lambda: filler.place)
+
+    async def pieces(
+        self, reading: Reading, take: Callable[[bytes], Awaitable[None] | None], length: int,
+        filled: Callable[[], int] | None = None,
+    ) -> None:  # fmt: skip
+        """Hand every piece of the body to `take`; where it goes elsewhere, `filled` says how many bytes are there.
 
         Raises:
             Refusal: it came too slowly, or is longer or shorter than it said.
@@ -62,7 +85,8 @@ class Exchange:
                 got += len(piece)
                 if got > length:
                     break
-                reading.last = time.monotonic()
+                reading.heard()
+                got = got if filled is None else filled()
                 if piece and (waiting := take(piece)) is not None:
                     await waiting
                 self._whole = not message.get("more_body", False)

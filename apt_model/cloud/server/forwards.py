@@ -120,14 +120,8 @@ class Forwards:
         """The whole body in one buffer."""
         reading = self._readings.begin(length)
         try:
-            buffer, place = body_buffer(length, json_length), 0
-
-            def take(piece: bytes) -> None:
-                nonlocal place
-                buffer[place : place + len(piece)] = piece
-                place += len(piece)
-
-            await exchange.pieces(reading, take, length)
+            buffer = body_buffer(length, json_length)
+            await exchange.read_into(reading, buffer)
         finally:
             self._readings.end(reading)
         self._metrics.received += length

@@ -26,6 +26,10 @@ class Reading:
         is_over = self._task is None or self.cut_by is not None
         return math.inf if is_over else min(self.last + self._silent, self._deadline)
 
+    def heard(self) -> None:
+        """Some of it came."""
+        self.last = time.monotonic()
+
     def extend(self, seconds: float) -> None:
         """It is long, and has more time."""
         self._deadline += seconds

@@ -1,8 +1,6 @@
 """The memory that a request's body is read into, and the types that forwards take."""
 
-import torch
-
-from apt_model.core.tensor_io import as_bytes
+import numpy as np
 
 FLOATS = ("FP16", "BF16", "FP32")
 _ALIGNMENT = 64
@@ -14,4 +12,4 @@ def body_buffer(nbytes: int, json_length: int) -> memoryview:
     lead = -json_length % _ALIGNMENT
     if nbytes <= _SHORT:
         return memoryview(bytearray(lead + nbytes))[lead:]  # aligned enough, and made sooner
-    return as_bytes(torch.empty(lead + nbytes, dtype=torch.uint8))[lead:]
+    return memoryview(np.empty(lead + nbytes, dtype=np.uint8))[lead:]
