@@ -163,6 +163,13 @@ def _place(options: Options, held: ExitStack) -> "Place":
         if options.gpu_mb is not None or options.ssd_mb is not None:
             raise ConfigError("--gpu-mb and --ssd-mb go with --ram-mb", remedy="add --ram-mb 8000, or leave them out")
         return place_on(device)
+    if device.type == "cpu" and options.gpu_mb is not None:
+        raise ConfigError("--gpu-mb goes with an accelerator, and this computes on the CPU", remedy="leave it out")
+    if device.type != "cpu" and options.gpu_mb is None:
+        raise ConfigError(
+            f"--ram-mb on {device} goes with --gpu-mb, through which the weights come",
+            remedy="add --gpu-mb 4000, or --device cpu to compute from RAM",
+        )
     stack = VGPUStack(levels(device, options.gpu_mb, options.ram_mb, options.ssd_mb))
     held.callback(stack.close, restore=False)
     return place_in(stack)

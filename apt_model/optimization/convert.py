@@ -23,8 +23,9 @@ _OF_PACKED = ("format", "dtype", "slots", "orders", "activation", "activation_dt
 
 
 def quantize(
-    model: Model, config: FP4Config | None = None, *, report: Callable[[QuantizeReport], object] | None = None
-) -> Model:
+    model: Model, config: FP4Config | None = None, *, report: Callable[[QuantizeReport], object] | None = None,
+    device: torch.device | str | None = None,
+) -> Model:  # fmt: skip
     """Put the weights of a model's linear layers into 4 bits, in place; returns the model.
 
     `nn.Linear` and Hugging Face's `Conv1D` become `FusedFP4Linear`; a module with 3-D weights of experts gets packed
@@ -39,6 +40,8 @@ def quantize(
         config: the format and what to skip; None for `FP4Config()`.
         report: called with the `QuantizeReport` (`report=print` shows it); None writes it to the log, as a warning
             where a layer could not be quantised.
+        device: where each layer is brought to be quantised, and back from: an accelerator does it hundreds of times as
+            fast, and has room for one layer where it has none for the model.
 
     Raises:
         ConfigError: a pattern of `config.skip` covers no module; nothing was changed.
@@ -59,7 +62,7 @@ def quantize(
             continue
         trainable = sum(each.module.get_parameter(name).requires_grad for name in each.weights)
         try:
-            model = put(model, places[id(each.module)], packed_of(each.module, config))
+            model = put(model, places[id(each.module)], _packed_on(device, each.module, config))
         except InputError as error:
             skipped.append(Skipped(each.name, error.message, each.skipped().size))
             continue
@@ -127,6 +130,18 @@ def packed_of(module: nn.Module, config: FP4Config) -> nn.Module:
     rows_first = weight if isinstance(module, nn.Linear) else weight.mT
     layer = FusedFP4Linear.from_weight(rows_first, bias, format=form, activation_dtype=activation_dtype)
     return _carry(module, layer)
+
+
+def _packed_on(device: torch.device | str | None, module: nn.Module, config: FP4Config) -> nn.Module:
+    """As `packed_of`, computed on `device`."""
+    if device is None:
+        return packed_of(module, config)
+    home = next(module.parameters()).device
+    try:
+        return packed_of(module.to(device), config).to(home)
+    except BaseException:
+        module.to(home)
+        raise
 
 
 def _plain(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -26,6 +26,8 @@ CACHE = "a cache of keys and values"
 DROPOUT = "dropout"
 # Where transformers' models have their layers, by `model_type`: those that `apt-model serve` knows.
 _HOMES = {"bert": "encoder.layer", "gpt2": "h", "llama": "layers", "qwen2": "layers"}
+# Rotary frequencies that follow the length of what is read.
+_MOVING = ("dynamic", "longrope")
 # Dropout that is not within a layer.
 _OUTSIDE = ("embd_pdrop", "summary_first_dropout", "classifier_dropout")
 
@@ -261,7 +263,7 @@ def _family(model: nn.Module, stack: str) -> _Family:
         )
         base: Any = model.base_model
         layers = base.get_submodule(_HOMES[name])
-        return _Family("hf_block", {"model": about}, layers, _HFLeader, dropout)
+        return _Family("hf_block", {"model": about, **_rotary(base)}, layers, _HFLeader, dropout)
     layers = getattr(model, f"{stack}_layers", None)
     if (
         stack not in ("decoder", "encoder")
@@ -275,3 +277,21 @@ def _family(model: nn.Module, stack: str) -> _Family:
     whole = config.use_left_spin and config.left_spin_mode == "design"
     about = {"model": config.to_dict(), "stack": stack}
     return _Family("apt_block", about, layers, _APTLeader, config.dropout, whole)
+
+
+def _rotary(base: Any) -> dict[str, str]:
+    """What a server must know of a model's rotary frequencies, beside its configuration.
+
+    `model.bfloat16()` rounds them, as they are a buffer; a model that was loaded in that type has them in fp32.
+    """
+    rotary: Any = getattr(base, "rotary_emb", None)
+    held = getattr(rotary, "inv_freq", None)
+    if held is None or getattr(rotary, "rope_type", "default") in _MOVING:
+        return {}
+    made, held = type(rotary)(base.config).inv_freq.cpu(), held.cpu()
+    if not torch.equal(held, made.to(held.dtype)):
+        raise ConfigError(
+            "offload_layers: expected the rotary frequencies that the model's configuration gives, got others",
+            remedy="load the model in the type it is to have: from_pretrained(..., dtype=torch.bfloat16)",
+        )
+    return {} if held.dtype == made.dtype else {"rotary": str(held.dtype).removeprefix("torch.")}

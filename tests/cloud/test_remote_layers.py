@@ -103,6 +103,24 @@ def test_a_mask_that_is_no_padding_is_known(heads):
     assert padding_of(added, 2, causal=True).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_model_that_was_cast_has_its_own_rotary_frequencies(backend, name, dtype):
+    """`.to` rounds these as well, and a server that made them anew would give other numbers."""
+    here, there, block = both(hf(name, use_cache=False).to(dtype), backend, (0, 2), fallback_local=False)
+    assert here.model.rotary_emb.inv_freq.dtype == dtype
+    ids = tokens(2, 60, seed=1, low=3)  # far enough for angles to differ
+    with torch.no_grad():
+        assert torch.equal(there(ids).logits, here(ids).logits)
+    assert counts(block) == (1, 0, 0)
+
+
+def test_rotary_frequencies_of_nowhere_are_refused(backend):
+    model = hf("llama", use_cache=False).to(torch.bfloat16).to(torch.float32)
+    with pytest.raises(ConfigError, match="rotary frequencies that the model's configuration gives"):
+        offload_layers(model, (0, 1), cloud_backend=backend)
+
+
 def test_positions_and_masks_of_their_own_are_computed_here(backend):
     here, there, block = both(hf("llama", use_cache=False), backend)
     packed = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()

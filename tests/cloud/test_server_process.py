@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from served import OPEN, ROOT, answered, linear_file, over_http, request, running
 from small_models import noise
 
+from apt_model.cli.main import main
 from apt_model.cloud.server import run
 from apt_model.cloud.server.connection import HEADER_SECONDS
 
@@ -171,17 +172,20 @@ def test_the_key_is_nowhere(tmp_path):
         ([], "missing: --weights FILE"),
         (["--weights", "none.safetensors"], "does not exist"),
         (["--allow-upload", "--max-body", "much"], "--max-body: expected a size"),
+        (["--allow-upload", "--ram-mb", "5", "--gpu-mb", "5", "--device", "cpu"], "on the CPU"),
         (["--allow-upload", "--ssd-mb", "5"], "go with --ram-mb"),
         (["--weights", "x", "--config", "{}"], "--config without --block"),
     ],
 )
-def test_a_start_that_is_refused(arguments, said):
-    done = subprocess.run(
-        [sys.executable, "-m", "apt_model", "serve", "--port", "0", *arguments], cwd=ROOT, capture_output=True,
-        text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode in (2, 3)
-    assert said in done.stderr
+def test_a_start_that_is_refused(arguments, said, capsys):
+    assert main(["serve", "--port", "0", *arguments]) in (2, 3)
+    assert said in capsys.readouterr().err
+
+
+def test_an_accelerator_s_share_must_be_said(monkeypatch, capsys):
+    monkeypatch.setattr("apt_model.core.system.get_device", lambda _: torch.device("cuda", 0))
+    assert main(["serve", "--port", "0", "--allow-upload", "--ram-mb", "5", "--device", "cuda"]) == 2
+    assert "--ram-mb on cuda:0 goes with --gpu-mb" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")

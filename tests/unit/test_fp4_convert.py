@@ -521,3 +521,26 @@ def test_models_of_transformers_compute_what_their_dequantised_weights_do(name, 
     assert_close("other_shape", what(input_ids=ids, **options).logits, twin(input_ids=ids, **options).logits)
     half = what.to(torch.bfloat16)
     assert half(input_ids=ids, **options).logits.dtype == torch.bfloat16
+
+
+def test_a_layer_is_brought_to_where_it_is_quantised_and_back(monkeypatch):
+    went, packed = [], convert.packed_of
+
+    def to(module, device):
+        went.append((type(module).__name__, str(device)))
+        return module
+
+    def some(module, config):
+        if module.out_features == 8:
+            raise InputError("not this one")
+        return packed(module, config)
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    monkeypatch.setattr(convert, "packed_of", some)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8), nn.Linear(8, 16))
+    quantize(model, device="cuda:1")
+    assert went == [
+        ("Linear", "cuda:1"), ("FusedFP4Linear", "cpu"),
+        ("Linear", "cuda:1"), ("Linear", "cpu"),
+        ("Linear", "cuda:1"), ("FusedFP4Linear", "cpu"),
+    ]  # fmt: skip

@@ -15,6 +15,8 @@ from apt_model.core.options import require
 # Names of code, or of other libraries' weights.
 _FORBIDDEN = ("auto_map", "quantization_config", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
 _MOST_POSITIONS = 1 << 20
+_ROTARY = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What a model that was cast as a whole has rounded its rotary frequencies to."""
 
 
 class _Architecture(NamedTuple):
@@ -81,6 +83,11 @@ def _make(options: Mapping[str, Any], tensors: Tensors) -> Block:
         if held.is_meta:
             raise ConfigError(f"hf_block: this version of transformers makes {buffer} in a layer of {name}")
     rotary = getattr(home, architecture.rotary)(config) if architecture.rotary is not None else None
+    rounded = options.get("rotary")
+    if rounded is not None:
+        known = isinstance(rounded, str) and rounded in _ROTARY and rotary is not None
+        require(known, "hf_block.rotary", " or ".join(_ROTARY) + ", of a model with rotary positions", rounded)
+        rotary.to(_ROTARY[rounded])  # type: ignore[union-attr]
     masks = importlib.import_module("transformers.masking_utils")
     mask = masks.create_causal_mask if architecture.causal else masks.create_bidirectional_mask
     return Block(HFLayers(layers, rotary, mask, config), *block_ports(config.hidden_size, ()))
@@ -105,4 +112,4 @@ def _config(name: str, about: Mapping[str, Any]) -> Any:
     return config
 
 
-KIND = Kind("hf_block", _make, ("model", "layers"), in_range)
+KIND = Kind("hf_block", _make, ("model", "layers", "rotary"), in_range)

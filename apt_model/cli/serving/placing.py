@@ -14,7 +14,7 @@ def place_on(device: torch.device) -> Place:
     """On one device."""
 
     def place(module: nn.Module, quantize: str | None) -> Placed:
-        return Placed(_packed(module, quantize).to(device), device)
+        return Placed(_packed(module, quantize, device).to(device), device)
 
     return place
 
@@ -24,7 +24,7 @@ def place_in(stack: VGPUStack) -> Place:
 
     def place(module: nn.Module, quantize: str | None) -> Placed:
         # A model that is one layer has no block to stream: in a list it is one.
-        held = _Whole(_packed(module, quantize))
+        held = _Whole(_packed(module, quantize, stack.device))
         stack.attach(held)
         return Placed(held, stack.device, serial=True, close=lambda: stack.detach(held))
 
@@ -50,7 +50,8 @@ class _Whole(nn.Module):
         return self.block(*args, **kwargs)
 
 
-def _packed(module: nn.Module, quantize: str | None) -> nn.Module:
+def _packed(module: nn.Module, quantize: str | None, device: torch.device) -> nn.Module:
     if quantize is None:
         return module
-    return convert(module, FP4Config(format=quantize, skip=()))  # type: ignore[arg-type] # looked at by the block
+    config = FP4Config(format=quantize, skip=())  # type: ignore[arg-type] # looked at by the block
+    return convert(module, config, device=device)
