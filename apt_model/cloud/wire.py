@@ -32,8 +32,8 @@ from apt_model.cloud.wire_tensors import (
 from apt_model.core.errors import WireError
 
 __all__ = [
-    "HEADER_LENGTH", "SIZES", "Buffer", "Limits", "Message", "WireTensor", "decode_request", "decode_response",
-    "encode_request", "encode_response", "numbers_of",
+    "HEADER_LENGTH", "SIZES", "Buffer", "Layout", "Limits", "Message", "WireTensor", "decode_request",
+    "decode_response", "encode_request", "encode_response", "numbers_of", "recognised",
 ]  # fmt: skip
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -58,9 +58,8 @@ class Message(NamedTuple):
     """Of an answer."""
     version: str | None = None
     """Of an answer."""
-    checked: set[object] | None = None
-    """Of one that was read: what its readers have found right of it. It is one set for all messages that differ in
-    their ids and their tensors' bytes alone."""
+    layout: "Layout | None" = None
+    """Of one that was read: the same for all messages that differ in their ids and their tensors' bytes alone."""
 
 
 def encode_request(message: Message, *, plain: bool = False) -> tuple[list[Buffer], int]:
@@ -119,43 +118,76 @@ def decode_request(body: Buffer, json_length: int | None, limits: Limits) -> Mes
     return _decoded(body, json_length, limits, _REQUESTS, _request)
 
 
+def recognised(body: Buffer, json_length: int, limits: Limits) -> "tuple[Layout, str, memoryview] | None":
+    """A request's layout, id and tensors' bytes, where one like it was decoded before, with these limits.
+
+    Raises:
+        WireError: as `decode_request`.
+    """
+    layout, identity, _, rest = _known(body, json_length, limits, _REQUESTS)
+    return None if layout is None or identity is None else (layout, identity, rest)
+
+
 def decode_response(body: Buffer, json_length: int | None, limits: Limits) -> Message:
     """An answer's message; as `decode_request`."""
     return _decoded(body, json_length, limits, _ANSWERS, _answer)
 
 
 def _decoded(
-    body: Buffer, json_length: int | None, limits: Limits, known: "Known[_Layout]",
+    body: Buffer, json_length: int | None, limits: Limits, known: "Known[Layout]",
     read: Callable[[dict[str, Any], memoryview, Limits], Message],
 ) -> Message:  # fmt: skip
     """A message; of one that came before with another id the JSON is not read again."""
-    text, rest = _split(body, json_length, limits)
-    line = bytes(text) if json_length is not None and json_length <= LONGEST else b""
-    layout, identity = known.find(line)
-    if layout is not None and layout.nbytes == rest.nbytes and layout.limits == limits:
+    layout, identity, text, rest = _known(body, json_length, limits, known)
+    if layout is not None:
         return layout.message(identity, rest)
-    message = read(_loaded(text), rest, limits)._replace(checked=set())
-    layout = _Layout(message, limits)
-    if layout.nbytes == rest.nbytes:  # no numbers in the JSON
-        known.keep(line, message.id, layout)
-    return message
+    message = read(_loaded(text), rest, limits)
+    layout = Layout(message, limits)
+    if layout.nbytes != rest.nbytes:  # numbers in the JSON
+        return message
+    if json_length is not None:
+        layout.is_known = known.keep(_line(text), message.id, layout)
+    return layout.message(message.id, rest)
 
 
-class _Layout:
+def _known(
+    body: Buffer, json_length: int | None, limits: Limits, known: "Known[Layout]"
+) -> "tuple[Layout | None, str | None, memoryview, memoryview]":
+    """The layout of a message whose head came before, and its id; its JSON's text, and the bytes after it."""
+    text, rest = _split(body, json_length, limits)
+    layout, identity = known.find(_line(text)) if json_length is not None else (None, None)
+    if layout is None or layout.nbytes != rest.nbytes or layout.limits != limits:
+        return None, None, text, rest
+    return layout, identity, text, rest
+
+
+def _line(text: memoryview) -> bytes:
+    """A head that may be kept."""
+    return bytes(text) if text.nbytes <= LONGEST else b""
+
+
+class Layout:
     """A message without its id and its tensors' bytes, which lie one after another."""
 
+    checked: set[object]
+    """What a message's readers have found right of it."""
+
     def __init__(self, message: Message, limits: Limits) -> None:
-        self.nbytes, self.limits, self._tensors = 0, limits, []
+        self.nbytes, self.limits, self.checked, self._tensors = 0, limits, set(), []
         for each in message.tensors:
             end = self.nbytes + memoryview(each.data).nbytes
             self._tensors.append((each.name, each.datatype, each.shape, slice(self.nbytes, end)))
             self.nbytes = end
-        self._rest = message[2:]
+        self._rest = message[2:-1]
+        self.is_plain = message.binary and not message.parameters
+        """Of a request: whether its tensors are bytes and its answer's are to be."""
+        self.is_known = False
+        """Whether it is recognised when it comes again."""
 
     def message(self, identity: str | None, rest: memoryview) -> Message:
         """The same with others."""
         tensors = tuple([WireTensor(name, kind, shape, rest[place]) for name, kind, shape, place in self._tensors])
-        return Message(tensors, identity, *self._rest)
+        return Message(tensors, identity, *self._rest, self)
 
 
 def _request(head: dict[str, Any], rest: memoryview, limits: Limits) -> Message:
@@ -229,7 +261,7 @@ def _no_constant(name: str) -> Any:
 
 # Made once: a message is small, and making these takes longer than their work.
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
-_REQUESTS: Known["_Layout"] = Known()
-_ANSWERS: Known["_Layout"] = Known()
+_REQUESTS: Known["Layout"] = Known()
+_ANSWERS: Known["Layout"] = Known()
 _TEXTS = Texts()
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)

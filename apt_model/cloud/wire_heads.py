@@ -30,14 +30,15 @@ class Known(Generic[Made]):
         start, end = found.span(1)
         return self._made.get((text[:start], text[end:])), text[start:end].decode()
 
-    def keep(self, text: bytes, identity: str | None, made: Made) -> None:
-        """Remember what was made of a head whose message has that id."""
+    def keep(self, text: bytes, identity: str | None, made: Made) -> bool:
+        """Remember what was made of a head whose message has that id, where that can be told from the rest of it."""
         found = _ID.search(text) if len(text) <= LONGEST else None
         if found is None or b"\\" in text or found[1].decode() != identity or text.count(found[1]) != 1:
-            return
+            return False
         if len(self._made) >= _MOST:
             self._made.clear()
         self._made[text[: found.start(1)], text[found.end(1) :]] = made
+        return True
 
 
 class Texts:

@@ -133,7 +133,7 @@ def test_at_once_and_the_usual_way_answer_alike(app, monkeypatch):
         for name, (message, status, is_short) in cases.items():
             line = connect()
             whole = line.ask(message)
-            assert (usual[-1] is not None) == is_short, name
+            assert usual[-1] == is_short, name
             asked = len(usual)
             split = connect().ask(*in_two(message))
             assert len(usual) == asked, name  # what does not come whole goes the usual way

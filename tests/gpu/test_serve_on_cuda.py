@@ -327,7 +327,7 @@ def test_a_layer_whose_parameters_are_on_the_gpu(backend, dtype):
     stats, tokens_bytes = layer.get_stats(), ROWS * LENGTH * dtype.itemsize
     assert (stats["backward_cloud"], stats["backward_local"], stats["retries"]) == (1, 0, 0)
     assert (stats["errors"], stats["local_reasons"]) == ({}, {})
-    # x, then x and dy; y, then dx. What remains is JSON.
+    # x, then dy alone; y, then dx. What remains is JSON.
     assert 0 < stats["bytes_sent"] - tokens_bytes * (WIDE + OUT) < 2000
     assert 0 < stats["bytes_received"] - tokens_bytes * (WIDE + OUT) < 2000
 

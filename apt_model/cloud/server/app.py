@@ -63,13 +63,13 @@ class Application:
             await self._serve(Exchange(scope, receive, send, lambda: self.draining))
 
     def at_once(
-        self, path: str, raw_headers: Sequence[tuple[bytes, bytes]], client: str | None, body: bytes
-    ) -> Answer | None:
-        """The answer to a POST that came whole, where it is a forward that is computed sooner than it could wait.
+        self, path: str, headers: Headers, client: str | None, body: bytes, send: Callable[[Answer], object]
+    ) -> bool:
+        """Whether a POST that came whole was a forward that is computed sooner than it could wait: `send` was called.
 
-        None for all others, for what is refused and for what fails: these are asked again, the usual way.
+        False for all others, for what is refused and for what fails: these are asked again, the usual way.
         """
-        return None if self.draining else self.forwards.at_once(path, Headers(raw_headers), client, body)
+        return not self.draining and self.forwards.at_once(path, headers, client, body, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:

@@ -48,7 +48,8 @@ def answer(
     dy = tensors.pop("dy", None)
     if backward and dy is not None and "x" not in tensors and not block.gradient_needs_x:
         tensors["x"] = dy.new_zeros(()).expand(*dy.shape[:-1], block.x.shape[-1])  # takes no memory
-    checked, check = message.checked, (model.version, backward, max_answer)
+    checked = None if message.layout is None else message.layout.checked
+    check = (model.version, backward, max_answer)
     if checked is None or check not in checked:  # none of it looks at the tensors' values
         _check_wanted(message, "dx" if backward else "y", wire)
         block.refuse(tensors)

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from apt_model.cloud.server.answers import Answer
 from apt_model.cloud.server.app import Application
 from apt_model.cloud.server.exchange import BODY_INTO
-from apt_model.cloud.server.heads import JSON_LENGTH
-from apt_model.cloud.wire import Buffer
+from apt_model.cloud.server.heads import JSON_LENGTH, Headers
 from apt_model.core.errors import MissingExtraError
 
 MAX_CONNECTIONS = 512
@@ -37,6 +37,8 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
         head = 0
         short: bytes | None = None
         """What came of the body of what may be a short forward."""
+        named: Headers
+        """The headers of that."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(_Together(transport))
@@ -74,7 +76,8 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
                 return False
             if self.parser.get_method() != b"POST" or not self.url.endswith(b"/infer") or b"?" in self.url:
                 return False
-            length = next((value for name, value in self.headers if name == b"content-length"), b"")
+            self.named = Headers(self.headers)
+            length = self.named.get(b"content-length")
             if not length.isdigit() or len(length) > _SHORT_DIGITS or self.expect_100_continue:
                 return False
             return self.parser.get_http_version() == "1.1" and bool(self.parser.should_keep_alive())
@@ -89,11 +92,12 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
 
         def on_message_complete(self) -> None:
             if self.short is not None:
-                made = app.at_once(self.url.decode("latin-1"), self.headers, self.client and self.client[0], self.short)
-                if made is not None:
-                    self.short = None
-                    self.send_at_once(*made)
+                body, self.short = self.short, None
+                client = self.client[0] if self.client else None
+                if app.at_once(self.url.decode("latin-1"), self.named, client, body, self.send_at_once):
+                    self.on_response_complete()
                     return
+                self.short = body
                 self.go_on()
             super().on_message_complete()
 
@@ -124,8 +128,9 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             self.on_message_complete()
 
-        def send_at_once(self, parts: list[Buffer], length: int) -> None:
-            """An answer whose JSON has this length, in one write, as uvicorn would."""
+        def send_at_once(self, answer: Answer) -> None:
+            """Write it at once, as uvicorn would."""
+            parts, length = answer
             total = sum([len(part) for part in parts])
             head = [b"HTTP/1.1 200 OK\r\n"]
             for name, value in self.server_state.default_headers:
@@ -135,7 +140,6 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
                 % (total, JSON_LENGTH, length)
             )
             self.transport.write(b"".join([*head, *parts]))
-            self.on_response_complete()
 
         def on_response_complete(self) -> None:
             self.transport.flush()

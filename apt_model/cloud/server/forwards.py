@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from apt_model.cloud.server.again import keep
 from apt_model.cloud.server.answers import Answer, Answers
 from apt_model.cloud.server.compute import answer, is_small, without_gradients
 from apt_model.cloud.server.config import ServerConfig
@@ -17,7 +18,7 @@ from apt_model.cloud.server.models import BACKWARD, Model, Models
 from apt_model.cloud.server.reading import Readings
 from apt_model.cloud.server.refusal import busy
 from apt_model.cloud.server.tensors import body_buffer
-from apt_model.cloud.wire import Message, decode_request
+from apt_model.cloud.wire import Message, decode_request, recognised
 
 
 class Forwards:
@@ -44,28 +45,43 @@ class Forwards:
         """What it returns."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def at_once(self, path: str, headers: Headers, client: str | None, body: bytes) -> Answer | None:
+    def at_once(
+        self, path: str, headers: Headers, client: str | None, body: bytes, send: Callable[[Answer], object]
+    ) -> bool:
         """As `Application.at_once`: all that `infer` does, without a wait."""
         began, config = time.monotonic(), self._config
         try:
             json_length = headers.number(JSON_LENGTH)
             if json_length is None or headers.number(DEADLINE) == 0 or self._metrics.inflight >= config.max_inflight:
-                return None
+                return False
             headers.length(config.max_body)
             admit(config, headers, client)
             name, version, call = asked(path.removeprefix("/v2/models/").split("/"))
-            model = self._models.find(name.removesuffix(BACKWARD), version)
-            message = decode_request(body, json_length, self._limits)
-            if call != "infer" or not is_small(model, message):
-                return None
-            found = answer(
-                model, message, backward=name.endswith(BACKWARD), max_answer=config.max_body, deadline=None
-            )  # fmt: skip
+            backward = name.endswith(BACKWARD)
+            model = self._models.find(name.removesuffix(BACKWARD) if backward else name, version)
+            found = self._short(model, body, json_length, backward=backward) if call == "infer" else None
         except Exception:  # noqa: BLE001 - it is asked again, and told then
-            return None
+            return False
+        if found is None:
+            return False
+        send(found)
         self._metrics.received += len(body)
         self._metrics.sent += sum([len(part) for part in found[0]])
         self._metrics.answered(name, 200, time.monotonic() - began)
+        return True
+
+    def _short(self, model: Model, body: bytes, json_length: int, *, backward: bool) -> Answer | None:
+        """The answer where it is computed soon. It must be sent before the next one is asked for."""
+        known = None if backward else recognised(body, json_length, self._limits)
+        again = None if known is None else model.again.get(known[0])
+        if known is not None and again is not None:
+            return again.answer(*known[1:])
+        message = decode_request(body, json_length, self._limits)
+        if not is_small(model, message):
+            return None
+        found = answer(model, message, backward=backward, max_answer=self._config.max_body, deadline=None)
+        if not backward:
+            keep(model, message, found)
         return found
 
     async def infer(self, exchange: Exchange, model: Model, *, backward: bool) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from apt_model.cloud.identity import described, digest_of
 from apt_model.cloud.server.blocks import KINDS, QUANTIZE, Block, make_block
 from apt_model.cloud.server.refusal import Refusal
+from apt_model.cloud.wire import Layout
 from apt_model.core.errors import CheckpointError, ConfigError, InputError
 from apt_model.core.tensor_files import Entry, Header, read_bytes, read_header
 from apt_model.core.tensor_io import DTYPES, read_tensor
@@ -71,6 +72,8 @@ class Model:
     lock: contextlib.AbstractContextManager[object] | None = None
     """Held by the forward that runs, where only one may."""
     close: Callable[[], object] = field(default=lambda: None, repr=False)
+    again: dict[Layout, Any] = field(default_factory=dict, repr=False)
+    """Short forwards that were asked for: `cloud.server.again`."""
 
 
 class Models:
