@@ -14,7 +14,7 @@ from apt_model.cloud.http_transport import HttpTransport
 from apt_model.optimization import CloudNPULinear
 
 WIDE = 1024
-SIZES = {"short": (48, 120), "long": (2048, 20)}  # rows of a call, and calls of that size that were made before
+SIZES = {"short": (48, 120), "long": (2048, 40)}  # rows of a call, and calls of that size that were made before
 
 
 def halted(server, how, size, halts, seed):
