@@ -20,6 +20,8 @@ from apt_model.cloud.server.refusal import busy
 from apt_model.cloud.server.tensors import body_buffer
 from apt_model.cloud.wire import Message, decode_request, recognised
 
+_MODELS = "/v2/models/"
+
 
 class Forwards:
     """All that run.
@@ -52,11 +54,12 @@ class Forwards:
         began, config = time.monotonic(), self._config
         try:
             json_length = headers.number(JSON_LENGTH)
-            if json_length is None or headers.number(DEADLINE) == 0 or self._metrics.inflight >= config.max_inflight:
+            is_full = self._metrics.inflight >= config.max_inflight
+            if not path.startswith(_MODELS) or json_length is None or headers.number(DEADLINE) == 0 or is_full:
                 return False
             headers.length(config.max_body)
             admit(config, headers, client)
-            name, version, call = asked(path.removeprefix("/v2/models/").split("/"))
+            name, version, call = asked(path[len(_MODELS) :].split("/"))
             backward = name.endswith(BACKWARD)
             model = self._models.find(name.removesuffix(BACKWARD) if backward else name, version)
             found = self._short(model, body, json_length, backward=backward) if call == "infer" else None
