@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from served import answered, application, linear_file, request
 from small_models import noise
 
+from apt_model.cloud import int8g64
 from apt_model.cloud.server import run
 from apt_model.cloud.server.key import Key
 
@@ -282,3 +283,42 @@ def test_no_answer_waits_for_an_acknowledgement(app, host):
         (connection,) = server.server_state.connections
         taken = connection.transport.get_extra_info("socket")
         assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_long_body_whose_head_is_wrong_is_refused_before_it_is_there(app):
+    message = post(*request({"x": noise(30_000, 15)}))
+    with served(app) as (connect, server):
+        line = connect()
+        status, headers, body, _ = line.ask(message[:400_000])
+        assert (status, headers["connection"]) == (400, "close")
+        assert b"expected a shape [..., 16]" in body
+        line.socket.close()
+        assert is_soon(lambda: not server.server_state.connections)
+        assert len(app._readings) == app._readings.nbytes == 0
+
+
+@pytest.mark.parametrize("what", ["a gradient", "in 8 bits", "of two tensors"])
+def test_a_long_body_of_other_kinds(app, what):
+    x = noise(30_000, 16)
+    if what == "in 8 bits":
+        q, scale = int8g64.pack(x)
+        message = post(*request({"x_q": q, "x_scale": scale}, wire="int8g64"))
+    else:
+        tensors = {"dy": noise(30_000, 24), **({"x": x} if what == "of two tensors" else {})}
+        message = post(*request(tensors), b"/v2/models/m0.bwd/infer")
+    with served(app) as (connect, _):
+        found = []
+        for pieces in ([message], [message[:300_000], message[300_000:]]):
+            status, headers, body, _ = connect().ask(*pieces)
+            assert status == 200, body
+            found.append(answered(headers, body))
+    for name, each in found[0].items():
+        assert torch.equal(each, found[1][name])
+    if what == "in 8 bits":
+        y = app.expected(int8g64.unpack(q, scale, 16, torch.float32))
+        assert torch.equal(int8g64.pack(y)[0], found[0]["y_q"])
+    else:
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            app.expected(leaf).backward(tensors["dy"])
+        torch.testing.assert_close(found[0]["dx"], leaf.grad)

@@ -5,8 +5,8 @@ with the memory that the input stands in. One thread alone may use it: the one t
 """
 
 from apt_model.cloud.server.answers import Answer
+from apt_model.cloud.server.compute import is_view
 from apt_model.cloud.server.models import Model
-from apt_model.cloud.server.tensors import FLOATS
 from apt_model.cloud.tensors import as_tensor, data_of
 from apt_model.cloud.wire import Buffer, Layout, Message
 
@@ -46,9 +46,7 @@ class Again:
 def keep(model: Model, message: Message, answer: Answer) -> None:
     """Keep what was made for a forward that was answered; a model's are forgotten when there are too many."""
     layout, identity = message.layout, message.id
-    if layout is None or identity is None or not (layout.is_known and layout.is_plain):
-        return
-    if len(message.tensors) != 1 or message.tensors[0].datatype not in FLOATS:
+    if layout is None or identity is None or not (layout.is_known and is_view(message)):
         return
     if len(model.again) >= _MOST:
         model.again.clear()

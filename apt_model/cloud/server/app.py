@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from apt_model import __version__
 from apt_model.cloud.server.answers import Answer
-from apt_model.cloud.server.compute import describe, without_gradients
+from apt_model.cloud.server.compute import describe
 from apt_model.cloud.server.config import ServerConfig
 from apt_model.cloud.server.exchange import Exchange, Gone, Receive, Scope, Send
 from apt_model.cloud.server.forwards import Forwards
@@ -72,18 +74,18 @@ class Application:
         return not self.draining and self.forwards.at_once(path, headers, client, body, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                without_gradients()
-                if self._load is not None:
-                    self._loading = asyncio.create_task(self._bring(self._load))
-                await send({"type": "lifespan.startup.complete"})
-            else:
-                self.draining = True
-                await asyncio.to_thread(self.forwards.close)
-                await send({"type": "lifespan.shutdown.complete"})
-                return
+        with torch.no_grad():  # of this thread, for as long as it serves
+            while True:
+                message = await receive()
+                if message["type"] == "lifespan.startup":
+                    if self._load is not None:
+                        self._loading = asyncio.create_task(self._bring(self._load))
+                    await send({"type": "lifespan.startup.complete"})
+                else:
+                    self.draining = True
+                    await asyncio.to_thread(self.forwards.close)
+                    await send({"type": "lifespan.shutdown.complete"})
+                    return
 
     async def _bring(self, load: Callable[[], None]) -> None:
         try:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,19 @@ _AS_ROWS = 8
 
 
 def without_gradients() -> None:
-    """Record no gradients in this thread; a block that computes one says so itself."""
+    """Record no gradients in this thread from now on; a block that computes one says so itself."""
     torch.set_grad_enabled(False)
+
+
+class Ready(NamedTuple):
+    """A request that was looked at, and found right; its tensors' values may still come."""
+
+    model: Model
+    message: Message
+    tensors: dict[str, Tensor]
+    dy: Tensor | None
+    """Of a gradient."""
+    wire: str
 
 
 def answer(
@@ -40,6 +51,19 @@ def answer(
         Refusal: the deadline (in `time.monotonic`'s seconds) has passed, or the answer would be too large.
         InputError, WireError: these are not the model's inputs.
     """
+    return computed(made_ready(model, message, backward=backward, max_answer=max_answer), deadline)
+
+
+def is_view(message: Message) -> bool:
+    """Whether all it has is one tensor that stands in the body as it is used: whose values may come later."""
+    layout = message.layout
+    return (
+        layout is not None and layout.is_plain and len(message.tensors) == 1 and message.tensors[0].datatype in FLOATS
+    )
+
+
+def made_ready(model: Model, message: Message, *, backward: bool, max_answer: int) -> Ready:
+    """Look at all of a request but values. Raises as `answer`."""
     wire = message.parameters.get("wire", "exact")
     if wire not in int8g64.WIRES:
         raise InputError(f"parameter wire: expected {' or '.join(int8g64.WIRES)}, got {wire!r}"[:300])
@@ -50,16 +74,23 @@ def answer(
         tensors["x"] = dy.new_zeros(()).expand(*dy.shape[:-1], block.x.shape[-1])  # takes no memory
     checked = None if message.layout is None else message.layout.checked
     check = (model.version, backward, max_answer)
-    if checked is None or check not in checked:  # none of it looks at the tensors' values
+    if checked is None or check not in checked:
         _check_wanted(message, "dx" if backward else "y", wire)
         block.refuse(tensors)
         _check_size(block.answer_elements(tuple(tensors["x"].shape)), tensors["x"], message, max_answer, wire)
         if backward:
-            _check_gradient(dy, tensors["x"], block.y)
+            dy = _checked_gradient(dy, tensors["x"], block.y)
         elif dy is not None:
             raise InputError("expected no dy, which goes to the model's gradient")
         if checked is not None:
             checked.add(check)
+    return Ready(model, message, tensors, dy, wire)
+
+
+def computed(ready: Ready, deadline: float | None) -> tuple[list[Buffer], int]:
+    """As `answer`, once the values are there."""
+    model, message, tensors, dy, wire = ready
+    block = model.block
     with model.lock or contextlib.nullcontext():
         if deadline is not None and time.monotonic() > deadline:
             raise Refusal(408, "deadline")
@@ -73,7 +104,7 @@ def answer(
     )
     answered = Message(
         tensors=_packed(*found, wire, padded=padded), id=message.id, binary=message.binary, version=model.version,
-        model=model.name + (BACKWARD if backward else ""), parameters={} if wire == "exact" else {"wire": wire},
+        model=model.name + (BACKWARD if dy is not None else ""), parameters={} if wire == "exact" else {"wire": wire},
     )  # fmt: skip
     return encode_response(answered)
 
@@ -158,12 +189,13 @@ def _gradient(y: Port) -> Port:
     return y._replace(name="dy")
 
 
-def _check_gradient(dy: Tensor | None, x: Tensor, y: Port) -> None:
+def _checked_gradient(dy: Tensor | None, x: Tensor, y: Port) -> Tensor:
     if dy is None:
         raise InputError("expected inputs x and dy, the gradient of y; dy did not come")
     _gradient(y).refuse(dy)
     if dy.shape[:-1] != x.shape[:-1]:
         raise InputError(f"dy: expected {[*x.shape[:-1], dy.shape[-1]]}, as x is {list(x.shape)}, got {list(dy.shape)}")
+    return dy
 
 
 def _check_wanted(message: Message, name: str, wire: str) -> None:

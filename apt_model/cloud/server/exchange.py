@@ -49,14 +49,21 @@ class Exchange:
         self._into = scope.get("extensions", {}).get(BODY_INTO)
         self._whole = False  # the body has been read
 
-    async def read_into(self, reading: Reading, buffer: memoryview) -> None:
+    async def read_into(self, reading: Reading, buffer: memoryview, ahead: Callable[[int], None]) -> None:
         """Read the body into memory of its length.
+
+        Args:
+            reading: of the body.
+            buffer: for it.
+            ahead: told how many bytes came first, where more follow: something may be done before they are there.
 
         Raises:
             Refusal, Gone: as `pieces`.
         """
         place, length = 0, len(buffer)
         filler = self._into(buffer, reading.heard) if self._into is not None and length > _JOINED else None
+        if filler is not None:
+            ahead(filler.place)
 
         def take(piece: bytes) -> None:
             nonlocal place

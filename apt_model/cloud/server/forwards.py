@@ -9,7 +9,7 @@ from typing import Any
 
 from apt_model.cloud.server.again import keep
 from apt_model.cloud.server.answers import Answer, Answers
-from apt_model.cloud.server.compute import answer, is_small, without_gradients
+from apt_model.cloud.server.compute import Ready, answer, computed, is_small, is_view, made_ready, without_gradients
 from apt_model.cloud.server.config import ServerConfig
 from apt_model.cloud.server.exchange import Exchange
 from apt_model.cloud.server.heads import DEADLINE, JSON_LENGTH, Headers, admit, asked
@@ -95,12 +95,24 @@ class Forwards:
         left = headers.number(DEADLINE)
         deadline = None if left is None else time.monotonic() + left / 1000
         self._refuse_when_full()
-        body = await self._body(exchange, length, json_length or 0)
-        decode = functools.partial(decode_request, body, json_length, self._limits)
-        message = decode() if json_length is not None else await self.in_thread(decode)
-        work = functools.partial(
-            answer, model, message, backward=backward, max_answer=config.max_body, deadline=deadline
-        )
+        begun: list[Ready] = []
+
+        def begin(buffer: memoryview, come: int) -> None:
+            """The request's head is looked at while the rest of its body comes."""
+            if json_length is not None and json_length <= come:
+                message = decode_request(buffer, json_length, self._limits)
+                if is_view(message):
+                    begun.append(made_ready(model, message, backward=backward, max_answer=config.max_body))
+
+        body = await self._body(exchange, length, json_length or 0, begin)
+        if begun:
+            message, work = begun[0].message, functools.partial(computed, begun[0], deadline)
+        else:
+            decode = functools.partial(decode_request, body, json_length, self._limits)
+            message = decode() if json_length is not None else await self.in_thread(decode)
+            work = functools.partial(
+                answer, model, message, backward=backward, max_answer=config.max_body, deadline=deadline
+            )
         if is_small(model, message):
             parts, head = work()
         else:
@@ -135,12 +147,14 @@ class Forwards:
         if self._metrics.inflight >= self._config.max_inflight:
             raise busy(f"{self._config.max_inflight} forwards wait or run already")
 
-    async def _body(self, exchange: Exchange, length: int, json_length: int) -> memoryview:
-        """The whole body in one buffer."""
+    async def _body(
+        self, exchange: Exchange, length: int, json_length: int, begin: Callable[[memoryview, int], None]
+    ) -> memoryview:
+        """The whole body in one buffer; `begin` is told of it, and how much has come, where it is long."""
         reading = self._readings.begin(length)
         try:
             buffer = body_buffer(length, json_length)
-            await exchange.read_into(reading, buffer)
+            await exchange.read_into(reading, buffer, functools.partial(begin, buffer))
         finally:
             self._readings.end(reading)
         self._metrics.received += length
