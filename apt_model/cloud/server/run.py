@@ -20,7 +20,7 @@ DRAIN_SECONDS = 0.5
 """Between the signal and the end of idle connections, in which their next request is still answered, with 503."""
 _BACKLOG = 2048
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT_BYTES = 16 << 20
+_KEPT_BYTES = 8 << 20
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -113,7 +113,7 @@ def make_server(
 
 
 def _keep_memory() -> None:
-    """Let glibc keep what a forward gives back, up to 16 MiB: pages taken anew take longer than a short product."""
+    """Let glibc keep what a forward gives back, up to 8 MiB: pages taken anew take longer than a short product."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
