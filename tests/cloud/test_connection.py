@@ -1,9 +1,11 @@
 """A short forward that comes whole is answered in one step: as all others are, and by the same rules."""
 
 import contextlib
+import gc
 import socket
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -322,3 +324,21 @@ def test_a_long_body_of_other_kinds(app, what):
             leaf = x.clone().requires_grad_()
             app.expected(leaf).backward(tensors["dy"])
         torch.testing.assert_close(found[0]["dx"], leaf.grad)
+
+
+@pytest.mark.parametrize("rows", [0, 2, 30_000])
+def test_a_connection_that_is_gone_is_freed_at_once(app, rows):
+    """Ten thousand of them are many megabytes, where each waits for the collector of cycles."""
+    asked = b"GET /v2 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    message = post(*request({"x": noise(rows, 16)})) if rows else asked
+    with served(app) as (connect, server):
+        line = connect()
+        assert line.ask(message)[0] == 200
+        freed = [weakref.ref(each) for each in server.server_state.connections]
+        gc.collect()
+        gc.disable()
+        try:
+            line.socket.close()
+            assert is_soon(lambda: freed[0]() is None)
+        finally:
+            gc.enable()

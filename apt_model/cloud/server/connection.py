@@ -49,6 +49,11 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
             if len(self.connections) > MAX_CONNECTIONS:
                 self.close_with(b"429 Too Many Requests", b"retry-after: 1\r\n")
 
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self.scope is not None:  # it leads back to here: thousands would wait for the collector of cycles
+                self.scope.pop("extensions", None)
+
         def data_received(self, data: bytes) -> None:
             if self.heard:
                 self.head += len(data)
