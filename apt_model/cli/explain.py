@@ -35,6 +35,8 @@ _ADVICE = {
     "them again; until then compute locally.",
     "APT-E084": "What was sent is not the Open Inference Protocol v2 with its binary tensor extension, or too large: "
     "see what stands between client and server.",
+    "APT-E085": "With fallback_local=True it is computed here in the meantime and counted. Where that happens "
+    "often, the server or the network became slower, or this machine is busy.",
 }
 
 

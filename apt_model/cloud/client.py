@@ -17,8 +17,8 @@ from apt_model.cloud.breaker import Breaker
 from apt_model.cloud.deadline import Clock, Deadline
 from apt_model.cloud.endpoint import FEW, LATE, MANY, Endpoint, Kind, kind_of
 from apt_model.cloud.refusals import BUSY, NEVER, named_wait, refusal_of
-from apt_model.cloud.transport import LateError, Request, Response, Transport
-from apt_model.core.errors import CloudError, DeadlineError, RefusedError
+from apt_model.cloud.transport import Request, Response, Transport
+from apt_model.core.errors import CloudError, DeadlineError, LateError, RefusedError
 
 DEADLINE_HEADER = "X-Apt-Deadline-Ms"
 

@@ -20,8 +20,8 @@ from apt_model.cloud.address import parsed, shown
 from apt_model.cloud.http_answer import FIRST, answer_from, head_of, left_until
 from apt_model.cloud.http_errors import mapped, too_late, words
 from apt_model.cloud.secret import Auth
-from apt_model.cloud.transport import LateError, Request, Response, check_length
-from apt_model.core.errors import CloudError, DeadlineError, RefusedError, WireError
+from apt_model.cloud.transport import Request, Response, check_length
+from apt_model.core.errors import CloudError, DeadlineError, LateError, RefusedError, WireError
 
 _IDLE = 30.0  # seconds after which a connection is not trusted to be open any more
 _KEPT = 16

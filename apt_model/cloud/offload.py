@@ -19,8 +19,7 @@ from apt_model.cloud.dialect import Dialect
 from apt_model.cloud.int8g64 import GROUP, WIRES, pack, unpack
 from apt_model.cloud.stats import Stats
 from apt_model.cloud.tensors import ACTIVATIONS, Weights
-from apt_model.cloud.transport import LateError
-from apt_model.core.errors import CloudError, ConfigError, InputError, RefusedError
+from apt_model.core.errors import CloudError, ConfigError, InputError, LateError, RefusedError
 
 LOG = logging.getLogger(__name__)
 Wire = Literal["exact", "int8g64"]

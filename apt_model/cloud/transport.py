@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from apt_model.cloud.secret import Auth
 from apt_model.cloud.wire import Buffer
-from apt_model.core.errors import CloudError, DeadlineError, WireError
+from apt_model.core.errors import CloudError, DeadlineError, LateError, WireError
 
 OVERHEAD = 1 << 16
 """Bytes an answer may have beside its tensors."""
@@ -47,26 +47,6 @@ class Response:
     headers: Mapping[str, str]
     """By their names in lower case."""
     body: bytearray = field(repr=False)
-
-
-class LateError(CloudError):
-    """No answer yet. The exchanges are open; `end` must be called, after what their answers were wanted for.
-
-    Args:
-        message: whose answer.
-        rests: each gives the answer where it came in the meantime, or closes its exchange and raises `CloudError`.
-    """
-
-    def __init__(self, message: str, *rests: Callable[[], Response]) -> None:
-        super().__init__(message)
-        self.rests = rests
-
-    def end(self) -> None:
-        """Read or close what is open. An answer that came is of no use to the caller any more."""
-        rests, self.rests = self.rests, ()
-        for rest in rests:
-            with contextlib.suppress(CloudError):
-                rest()
 
 
 class Transport(Protocol):

@@ -16,13 +16,16 @@
         |-- DeadlineError                APT-E081  it did not answer in time
         |-- RefusedError                 APT-E082  it answered, and will answer the same again: a key, a model, a limit
         |-- IntegrityError               APT-E083  it answered numbers that are not the weights' product
-        `-- WireError                    APT-E084  bytes that are not the protocol's, or beyond its limits
+        |-- WireError                    APT-E084  bytes that are not the protocol's, or beyond its limits
+        `-- LateError                    APT-E085  its answer is late, and may still come
 
 The message says what was expected and what came; `state` says what became of the work; `remedy` is what to do, as a
 command or an edit that works when pasted. Foreign exceptions are mapped where they enter, with `raise ... from`.
 """
 
-from typing import ClassVar
+import contextlib
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 
 class AptError(Exception):
@@ -152,3 +155,27 @@ class WireError(CloudError):
     """A message is not one of the Open Inference Protocol, or is beyond the limits set for it."""
 
     code = "APT-E084"
+
+
+class LateError(CloudError):
+    """No answer yet, and it may still come: what can be computed here is, in the meantime.
+
+    Exchanges are open. `end` must be called, after what their answers were wanted for.
+
+    Args:
+        message: whose answer.
+        rests: each gives the answer where it came in the meantime, or closes its exchange and raises `CloudError`.
+    """
+
+    code = "APT-E085"
+
+    def __init__(self, message: str, *rests: Callable[[], Any]) -> None:
+        super().__init__(message)
+        self.rests = rests
+
+    def end(self) -> None:
+        """Read or close what is open. An answer that came is of no use to the caller any more."""
+        rests, self.rests = self.rests, ()
+        for rest in rests:
+            with contextlib.suppress(CloudError):
+                rest()

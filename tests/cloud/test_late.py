@@ -23,8 +23,8 @@ from apt_model.cloud.fake import Answer, FakeServer
 from apt_model.cloud.fake_http import serving
 from apt_model.cloud.http_transport import HttpTransport
 from apt_model.cloud.remote_block import RemoteBlock
-from apt_model.cloud.transport import InProcess, LateError, Request
-from apt_model.core.errors import CloudError
+from apt_model.cloud.transport import InProcess, Request
+from apt_model.core.errors import CloudError, LateError
 from apt_model.optimization import CloudNPULinear
 
 POST = Request(method="POST", path="/x", parts=(b"x",))
