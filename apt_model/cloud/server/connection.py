@@ -8,7 +8,9 @@ take longer than a short forward's product. A forward that comes whole, in one p
 import asyncio
 import contextlib
 import importlib
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +43,7 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
         """The headers of that."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(_Together(transport))
+            super().connection_made(_Together(transport, self.promised))
             # asyncio sets it on connections of its own listening sockets alone; without it an answer in two writes
             # waits for the client's acknowledgement, 40 ms.
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -51,7 +53,9 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            if self.scope is not None:  # it leads back to here: thousands would wait for the collector of cycles
+            # What leads back to here is taken away: thousands would wait for the collector of cycles.
+            self.transport.forget()
+            if self.scope is not None:
                 self.scope.pop("extensions", None)
 
         def data_received(self, data: bytes) -> None:
@@ -150,6 +154,10 @@ def protocol(app: Application) -> type[asyncio.Protocol]:
             self.transport.flush()
             super().on_response_complete()
 
+        def promised(self) -> int:
+            """Bytes that an answer's head has told of, and that were not written yet."""
+            return 0 if self.cycle is None else int(self.cycle.expected_content_length)
+
         def close_with(self, status: bytes, header: bytes = b"") -> None:
             self.transport.write(
                 b"HTTP/1.1 " + status + b"\r\n" + header + b"connection: close\r\ncontent-length: 0\r\n\r\n"
@@ -194,40 +202,59 @@ class _Filler(asyncio.BufferedProtocol):
 
 
 class _Together:
-    """A connection on which an answer's head waits for what follows it, so that a short answer is one write.
+    """A connection on which what is short waits for what is known to follow, so that an answer is one system call.
 
-    It is one packet, then, and its client wakes once.
+    Its client wakes once, then.
     """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport, self._head = transport, b""
+    def __init__(self, transport: asyncio.Transport, promised: Callable[[], int]) -> None:
+        self._transport, self._promised, self._held = transport, promised, b""
+        self._file = transport.get_extra_info("socket").fileno()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: Any) -> None:
-        """Send it, unless it is a head that nothing follows yet."""
-        if self._head:
-            head, self._head = self._head, b""
-            if len(head) + len(data) <= _SHORT:
-                data = b"".join((head, data))
-            else:
-                self._transport.write(head)
-        elif data[:9] == b"HTTP/1.1 " and data[9:10] != b"1":  # 100 Continue is waited for
-            self._head = data
-            return
+        """Send it, unless it is short and the answer goes on."""
+        held, self._held = self._held, b""
+        if len(held) + len(data) <= _SHORT:
+            data = b"".join((held, data)) if held else data
+            if self._promised() > 0:
+                self._held = bytes(data)
+                return
+        elif held:
+            data = self._sent(held, data)
         self._transport.write(data)
 
+    def _sent(self, held: bytes, data: Any) -> Any:
+        """Send both, without joining them; what is left of them."""
+        sent = 0
+        is_free = not self._transport.get_write_buffer_size() and not self._transport.is_closing()
+        if sys.platform != "win32" and is_free:
+            with contextlib.suppress(OSError):  # it is full, or gone: the transport sees to both
+                sent = os.writev(self._file, (held, data))
+        if sent < len(held):
+            self._transport.write(held[sent:])
+        return memoryview(data)[max(sent - len(held), 0) :]
+
     def flush(self) -> None:
-        """Send a head that nothing followed."""
-        head, self._head = self._head, b""
-        if head:
-            self._transport.write(head)
+        """Send what nothing followed."""
+        held, self._held = self._held, b""
+        if held:
+            self._transport.write(held)
+
+    def forget(self) -> None:
+        """The connection is gone."""
+        self._held, self._promised = b"", _nothing
 
     def close(self) -> None:
         """As the transport's."""
         self.flush()
         self._transport.close()
+
+
+def _nothing() -> int:
+    return 0
 
 
 def imported(name: str) -> Any:
