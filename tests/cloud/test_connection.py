@@ -134,18 +134,20 @@ def test_at_once_and_the_usual_way_answer_alike(app, monkeypatch):
     with served(app) as (connect, server):
         usual, found = [], app.forwards.at_once
         monkeypatch.setattr(app.forwards, "at_once", lambda *args: usual.append(found(*args)) or usual[-1])
-        for name, (message, status, is_short) in cases.items():
-            line = connect()
+        for number, (name, (message, status, is_short)) in enumerate(cases.items()):
+            line, times = connect(), 2 * number
             whole = line.ask(message)
+            # An answer is there before what sent it returns.
+            assert is_soon(lambda: len(usual) == times + 1), name  # noqa: B023
             assert usual[-1] == is_short, name
-            asked = len(usual)
             split = connect().ask(*in_two(message))
-            assert len(usual) == asked, name  # what does not come whole goes the usual way
+            assert len(usual) == times + 1, name  # what does not come whole goes the usual way
             assert (whole[0], split[0]) == (status, status), (name, whole, split)
             assert (plain(whole[1]), whole[2]) == (plain(split[1]), split[2]), name
             # The connection stays, whichever way it went.
             again = line.ask(post(good, headers))
             assert torch.equal(answered(again[1], again[2])["y"], app.expected(x)), name
+            assert is_soon(lambda: len(usual) == times + 2), name  # noqa: B023
         asked = 3 * len(cases)
         assert is_soon(lambda: server.server_state.total_requests == asked)
         counts = [text for text in app.metrics.text().splitlines() if text.startswith("apt_requests_total")]
