@@ -33,7 +33,7 @@ from apt_model.core.errors import WireError
 
 __all__ = [
     "HEADER_LENGTH", "SIZES", "Buffer", "Layout", "Limits", "Message", "WireTensor", "decode_request",
-    "decode_response", "encode_request", "encode_response", "numbers_of", "recognised",
+    "decode_response", "encode_request", "encode_response", "joined", "numbers_of", "recognised",
 ]  # fmt: skip
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -71,7 +71,7 @@ def encode_request(message: Message, *, plain: bool = False) -> tuple[list[Buffe
     """
     said = None if plain or message.parameters else ("request", *_said(message), message.wanted)
     if said and (text := _TEXTS.find(said, message.id)) is not None:
-        return _joined(text, message.tensors)
+        return joined(text, [each.data for each in message.tensors])
     parameters = {**message.parameters} if plain else {**message.parameters, "binary_data_output": message.binary}
     head: dict[str, Any] = {"inputs": [(in_json if plain else described)(each) for each in message.tensors]}
     if parameters:
@@ -89,7 +89,7 @@ def encode_response(message: Message) -> tuple[list[Buffer], int]:
     if message.binary and not message.parameters:
         said = ("answer", *_said(message), message.model, message.version)
         if (text := _TEXTS.find(said, message.id)) is not None:
-            return _joined(text, message.tensors)
+            return joined(text, [each.data for each in message.tensors])
     head: dict[str, Any] = {"model_name": message.model, "outputs": []}
     if message.version is not None:
         head["model_version"] = message.version
@@ -223,14 +223,14 @@ def _parts(
     text = _ENCODER.encode(head).encode()
     if said is not None:
         _TEXTS.keep(said, identity, text)
-    return _joined(text, tensors)
+    return joined(text, [each.data for each in tensors])
 
 
-def _joined(text: bytes, tensors: Sequence[WireTensor]) -> tuple[list[Buffer], int]:
-    """JSON, and tensors behind it that begin where memory may be used as it is."""
+def joined(text: bytes, tensors: Sequence[Buffer]) -> tuple[list[Buffer], int]:
+    """A body's parts and the length of its JSON: that, and tensors behind it where memory may be used as it is."""
     if tensors:
         text += b" " * (-len(text) % _ALIGNED)
-    return [text, *(each.data for each in tensors)], len(text)
+    return [text, *tensors], len(text)
 
 
 def _split(body: Buffer, json_length: int | None, limits: Limits) -> tuple[memoryview, memoryview]:

@@ -40,8 +40,8 @@ def quantize(
         config: the format and what to skip; None for `FP4Config()`.
         report: called with the `QuantizeReport` (`report=print` shows it); None writes it to the log, as a warning
             where a layer could not be quantised.
-        device: where each layer is brought to be quantised, and back from: an accelerator does it hundreds of times as
-            fast, and has room for one layer where it has none for the model.
+        device: where each layer is brought to be quantised, and back from: an accelerator has room for one layer where
+            it has none for the model.
 
     Raises:
         ConfigError: a pattern of `config.skip` covers no module; nothing was changed.

@@ -180,13 +180,8 @@ def wins(subject, rows, **more):
     return {"what": subject, "elsewhere_wins_from_tokens": found, **more}
 
 
-@contextlib.contextmanager
 def backend_of(port):
-    made = OIPBackend([HttpTransport(f"http://127.0.0.1:{port}")])
-    try:
-        yield made
-    finally:
-        made.close()
+    return contextlib.closing(OIPBackend([HttpTransport(f"http://127.0.0.1:{port}")]))
 
 
 def pushed(layer):

@@ -1,6 +1,7 @@
 """What the tests of clouds share."""
 
 import contextlib
+import threading
 
 import torch
 
@@ -57,6 +58,20 @@ def over_http(fake=None, **options):
             yield fake, served, backend
         finally:
             backend.close()
+
+
+def connected(port):
+    """A backend to the server at this port of this machine, closed at the end of its block."""
+    return contextlib.closing(OIPBackend([HttpTransport(f"http://127.0.0.1:{port}")]))
+
+
+def in_threads(work, count):
+    """Run work(0), work(1), ... at once, and wait for all."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
 
 
 def reference(layer, x):

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import trustme
-from clouds import counts, over_http, reference
+from clouds import counts, in_threads, over_http, reference
 from served import running
 from torch import nn
 
@@ -519,17 +519,13 @@ def test_counters_are_exact_under_threads():
             layer = warm(CloudNPULinear(8, 8, cloud_backend=backend), x, backend, 0.01)
             fake.fault, wrong = fault, []
 
-            def work():
+            def work(_):
                 for _ in range(10):
                     if not torch.allclose(layer(x), reference(layer, x), atol=1e-5):
                         wrong.append(1)  # noqa: PERF401 - a thread that fails says so at once
 
-            threads = [threading.Thread(target=work) for _ in range(4)]
             with quickly(5.0):
-                for each in threads:
-                    each.start()
-                for each in threads:
-                    each.join()
+                in_threads(work, 4)
             assert not wrong
             cloud, local, raised = counts(layer)
             stats = layer.get_stats()

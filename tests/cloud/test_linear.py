@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from clouds import CANARY, counts, in_process, over_http, reference
+from clouds import CANARY, counts, in_process, in_threads, over_http, reference
 
 from apt_model.cloud.backend import OIPBackend
 from apt_model.cloud.client import DEADLINE_HEADER
@@ -276,11 +276,7 @@ def test_counters_are_exact_under_threads():
                 if not torch.allclose(layer(x), reference(layer, x), atol=1e-5):
                     wrong.append(seed)  # noqa: PERF401 - a thread that fails says so at once
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
+        in_threads(work, 6)
         assert not wrong
         cloud, local, raised = counts(layer)
         assert (cloud + local, raised) == (150, 0)

@@ -1,18 +1,15 @@
 """Our client drives Seldon's MLServer, which has no binary tensors: JSON, negotiated by what its metadata says."""
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from clouds import counts, reference
+from clouds import connected, counts, reference
 from peer import OPEN, free_ports, needs, python_of, serving
 from served import over_http, request
 
-from apt_model.cloud.backend import OIPBackend
-from apt_model.cloud.http_transport import HttpTransport
 from apt_model.cloud.tensors import Weights
 from apt_model.core.errors import IntegrityError, RefusedError
 from apt_model.optimization import CloudNPULinear
@@ -71,15 +68,6 @@ def port(tmp_path_factory):
     (folder / "settings.json").write_text(json.dumps(settings))
     with serving([python_of("mlserver").with_name("mlserver"), "start", folder], found, folder=folder):
         yield found
-
-
-@contextmanager
-def connected(port):
-    backend = OIPBackend([HttpTransport(f"http://{OPEN}:{port}")])
-    try:
-        yield backend
-    finally:
-        backend.close()
 
 
 def test_it_refuses_binary_tensors_and_does_not_say_that_it_has_them(port):

@@ -6,7 +6,6 @@ Gradients through attention are near instead: its kernels add them up in the ord
 
 # ruff: noqa: E402 - what needs an extra is imported after the skip
 
-import contextlib
 import copy
 import json
 import logging
@@ -26,13 +25,11 @@ for _name in ("uvicorn", "httptools"):
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cloud"))
 
-from clouds import counts
+from clouds import connected, counts
 from served import over_http, request, running
 
 from apt_model.cli.serving import apt_block, hf_block
 from apt_model.cli.serving.placing import place_on
-from apt_model.cloud.backend import OIPBackend
-from apt_model.cloud.http_transport import HttpTransport
 from apt_model.cloud.int8g64 import pack, unpack
 from apt_model.cloud.remote_block import RemoteBlock
 from apt_model.cloud.server.blocks import KINDS, make_block, register
@@ -71,15 +68,6 @@ def _kinds(monkeypatch, caplog):
         register(kind)
 
 
-@contextlib.contextmanager
-def backend_of(port):
-    made = OIPBackend([HttpTransport(f"http://127.0.0.1:{port}")])
-    try:
-        yield made
-    finally:
-        made.close()
-
-
 @pytest.fixture(scope="module")
 def port():
     with running("--allow-upload", device=DEVICE, log=SAID) as (_, port):
@@ -88,7 +76,7 @@ def port():
 
 @pytest.fixture
 def backend(port):
-    with backend_of(port) as made:
+    with connected(port) as made:
         yield made
 
 
@@ -248,7 +236,7 @@ def test_eight_bits_on_the_way(backend, dtype):
 
 @pytest.mark.parametrize("form", [None, "nvfp4"])
 def test_a_block_that_is_larger_than_the_gpus_share(streaming, form):
-    with backend_of(streaming) as backend:
+    with connected(streaming) as backend:
         dtype = torch.bfloat16
         pair = Pair(llama(0, 5, **DEEP), dtype, backend, quantize=form)
         assert sum(each.nbytes for each in pair.block.module.parameters()) > GPU_MB * 1e6
@@ -389,7 +377,7 @@ def test_a_server_that_is_killed_leaves_it_to_this_gpu():
     linear = nn.Linear(WIDE, OUT, device=DEVICE, dtype=torch.bfloat16).requires_grad_(requires_grad=False)
     x = noise(LENGTH, WIDE).to(DEVICE, torch.bfloat16)
     ids = tokens(ROWS, LENGTH, seed=1).to(DEVICE)
-    with running("--allow-upload", device=DEVICE, log=SAID) as (process, port), backend_of(port) as backend:
+    with running("--allow-upload", device=DEVICE, log=SAID) as (process, port), connected(port) as backend:
         layer = CloudNPULinear.from_linear(linear, cloud_backend=backend, deadline_s=SECONDS)
         here, there, block = half(causal_lm(torch.bfloat16), (2, 3), backend)
         expected, whole = F.linear(x, linear.weight, linear.bias), logits(here, ids)

@@ -8,9 +8,8 @@ from apt_model.cloud.server.answers import Answer
 from apt_model.cloud.server.compute import is_view
 from apt_model.cloud.server.models import Model
 from apt_model.cloud.tensors import as_tensor, data_of
-from apt_model.cloud.wire import Buffer, Layout, Message
+from apt_model.cloud.wire import Layout, Message, joined
 
-_ALIGNED = 8
 _MOST = 64  # of one model
 
 
@@ -37,10 +36,7 @@ class Again:
         """The answer to a request with this id and these bytes. It must be sent before the next one is asked for."""
         self._room[:] = data
         y = self._forward(self._inputs)
-        text = self._before + identity.encode() + self._after
-        text += b" " * (-len(text) % _ALIGNED)
-        parts: list[Buffer] = [text, data_of(y)]
-        return parts, len(text)
+        return joined(self._before + identity.encode() + self._after, [data_of(y)])
 
 
 def keep(model: Model, message: Message, answer: Answer) -> None:

@@ -31,7 +31,7 @@ class Answers:
         self._entries: OrderedDict[tuple[str, ...], _Entry] = OrderedDict()
 
     def find(self, key: tuple[str, ...], body: memoryview) -> "asyncio.Future[Answer] | None":
-        """The answer to the same request; a future where it is still computed, or was until lately."""
+        """The answer to the same request, which may still be computed."""
         entry = self._entries.get(key)
         return entry.answer if entry is not None and entry.body == body else None
 
